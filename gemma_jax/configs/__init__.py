@@ -1,0 +1,1 @@
+"""Architectures as data. Start with `get("gemma-3-270m")`."""

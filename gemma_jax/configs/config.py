@@ -1,0 +1,234 @@
+"""The architecture as data: every ingredient of Gemma 1, 2, 3 and 3n is a field here, a published model is an instance.
+
+An ablation is `config.replace("attention.local.window", 256)`. Nothing here imports jax.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that describes no possible model, or an override that names no field."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionKind:
+    """What a layer of one kind sees, and how it knows where it is (Gemma 3 report, sec. 2)."""
+
+    window: int | None  # keys a query sees, itself included; None: all earlier ones
+    rope_theta: float
+    rope_scale: float = 1.0  # positions are divided by it (position interpolation, arXiv:2306.15595)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Grouped-query attention. Layers choose one of two kinds: `local` (sliding window) or `global_`."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    query_pre_attn_scalar: float  # logits are scaled by its inverse square root
+    local: AttentionKind
+    global_: AttentionKind
+    has_qk_norm: bool = True  # RMSNorm on queries and keys, before rope (Gemma 3)
+    has_v_norm: bool = False  # RMSNorm without weight on values (3n)
+    softcap: float | None = None  # softcap * tanh(logits / softcap) (Gemma 2)
+    is_causal: bool = True  # False: EmbeddingGemma; then a window counts half to each side
+
+    @property
+    def query_scale(self) -> float:
+        return self.query_pre_attn_scalar**-0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormConfig:
+    """Root-mean-square normalisation (arXiv:1910.07467) and where it stands."""
+
+    epsilon: float = 1e-6
+    is_zero_centred: bool = True  # multiply by 1 + w (Gemma 1 to 3) or by w (3n)
+    has_post_norms: bool = True  # also after attention and ffw, before the residual sum (Gemma 2 on)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """Everything that may differ between layers, and nothing else. A layer does not know its index."""
+
+    is_local: bool
+    ffw_width: int
+    activation_sparsity: float = 0.0  # share of gate activations set to zero (3n, gaussian top-k)
+    kv_source: int | None = None  # index of the layer whose keys and values are read; None: its own (3n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AltUpConfig:
+    """Alternating updates (arXiv:2301.13310; Gemma 3n)."""
+
+    num_streams: int = 4
+    active_stream: int = 0
+    coefficient_clip: float | None = 120.0
+    has_corrected_scale: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerLayerEmbeddingConfig:
+    """A second table of token embeddings with one row piece for each layer (Gemma 3n)."""
+
+    num_rows: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The SigLIP encoder that stands before the decoder of the 4B, 12B and 27B models."""
+
+    num_layers: int
+    width: int
+    num_heads: int
+    ffw_width: int
+    patch_size: int
+    image_size: int
+    num_soft_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """One Gemma text decoder, complete. Frozen and hashable, so it can be a static argument of jit."""
+
+    name: str
+    vocab_size: int
+    width: int
+    context: int  # positions the model was trained for
+    attention: AttentionConfig
+    layers: tuple[LayerSpec, ...]
+    period: int  # layers in one turn of the local/global pattern; equal periods are scanned
+    norm: NormConfig = NormConfig()
+    activation: str = "gelu_tanh"  # of the ffw gate; one of ACTIVATIONS
+    has_embedding_scale: bool = True  # multiply embeddings by sqrt(width), rounded to the table's dtype
+    has_tied_head: bool = True  # logits from the embedding table
+    final_softcap: float | None = None
+    altup: AltUpConfig | None = None
+    laurel_rank: int | None = None  # arXiv:2411.07501
+    per_layer_embedding: PerLayerEmbeddingConfig | None = None
+    vision: VisionConfig | None = None
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def kind(self, spec: LayerSpec) -> AttentionKind:
+        """The attention kind of one layer."""
+        return self.attention.local if spec.is_local else self.attention.global_
+
+    def replace(self, path: str, value: Any) -> "DecoderConfig":
+        """A copy with the field at a dotted path changed, for example `replace("attention.local.window", 256)`.
+
+        `global` may be written for `global_`; `layers.3.ffw_width` changes one layer and `layers.*.ffw_width` all.
+        Raises ConfigError when the path names no field, or the result is no possible model.
+        """
+        return _replaced(self, path.split("."), value, path)
+
+
+ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu")
+
+
+def _replaced(node: Any, keys: list[str], value: Any, path: str) -> Any:
+    if not keys:
+        return value
+    key, rest = keys[0], keys[1:]
+    if isinstance(node, tuple):
+        chosen = range(len(node)) if key == "*" else [_layer_index(key, len(node), path)]
+        return tuple(_replaced(item, rest, value, path) if i in chosen else item for i, item in enumerate(node))
+    if not dataclasses.is_dataclass(node) or isinstance(node, type):
+        raise ConfigError(f"{path!r}: there is no field {key!r} below a {type(node).__name__}; it has no fields")
+    names = [field.name for field in dataclasses.fields(node)]
+    name = key if key in names else f"{key}_"
+    if name not in names:
+        raise ConfigError(f"{path!r}: {type(node).__name__} has no field {key!r}; it has {', '.join(names)}")
+    return dataclasses.replace(node, **{name: _replaced(getattr(node, name), rest, value, path)})
+
+
+def _layer_index(key: str, length: int, path: str) -> int:
+    if not key.isdecimal() or int(key) >= length:
+        raise ConfigError(f"{path!r}: {key!r} is no layer; wanted 0 to {length - 1}, or * for all")
+    return int(key)
+
+
+def check(config: DecoderConfig) -> None:
+    """Raises one ConfigError that lists every contradiction, each naming the fields at odds."""
+    problems = [*_size_problems(config), *_attention_problems(config), *_layer_problems(config)]
+    if problems:
+        raise ConfigError(f"config {config.name!r} is impossible:\n  " + "\n  ".join(problems))
+
+
+def _positive(name: str, value: Any, whole: bool = True) -> Iterator[str]:
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value <= 0:
+        yield f"{name} is {value!r}; wanted a positive {'whole number' if whole else 'number'}"
+
+
+def _size_problems(config: DecoderConfig) -> Iterator[str]:
+    for name in ("vocab_size", "width", "context", "period"):
+        yield from _positive(name, getattr(config, name))
+    if config.activation not in ACTIVATIONS:
+        yield f"activation is {config.activation!r}; wanted one of {', '.join(ACTIVATIONS)}"
+    for name in ("final_softcap", "laurel_rank"):
+        if (value := getattr(config, name)) is not None:
+            yield from _positive(name, value, whole=name == "laurel_rank")
+    yield from _positive("norm.epsilon", config.norm.epsilon, whole=False)
+    altup = config.altup
+    if altup is not None and not 0 <= altup.active_stream < altup.num_streams:
+        yield f"altup.active_stream is {altup.active_stream}, but altup.num_streams is {altup.num_streams}"
+    ple = config.per_layer_embedding
+    if ple is not None and ple.num_rows > config.vocab_size:
+        yield f"per_layer_embedding.num_rows is {ple.num_rows}, more than vocab_size {config.vocab_size}"
+
+
+def _attention_problems(config: DecoderConfig) -> Iterator[str]:
+    attention = config.attention
+    sizes = [*_positive("attention.num_heads", attention.num_heads)]
+    sizes += _positive("attention.num_kv_heads", attention.num_kv_heads)
+    sizes += _positive("attention.head_dim", attention.head_dim)
+    yield from sizes
+    if not sizes and attention.num_heads % attention.num_kv_heads:
+        yield (
+            f"attention.num_heads {attention.num_heads} is not a multiple of "
+            f"attention.num_kv_heads {attention.num_kv_heads}"
+        )
+    if not sizes and attention.head_dim % 2:
+        yield f"attention.head_dim is {attention.head_dim}; rope turns pairs, so it must be even"
+    yield from _positive("attention.query_pre_attn_scalar", attention.query_pre_attn_scalar, whole=False)
+    if attention.softcap is not None:
+        yield from _positive("attention.softcap", attention.softcap, whole=False)
+    for name, kind in (("attention.local", attention.local), ("attention.global", attention.global_)):
+        if kind.window is not None:
+            yield from _positive(f"{name}.window", kind.window)
+        yield from _positive(f"{name}.rope_theta", kind.rope_theta, whole=False)
+        yield from _positive(f"{name}.rope_scale", kind.rope_scale, whole=False)
+    if attention.global_.window is not None:
+        yield f"attention.global.window is {attention.global_.window}, but a global layer sees everything; wanted None"
+    if any(spec.is_local for spec in config.layers) and attention.local.window is None:
+        yield "attention.local.window is None, but layers has local layers; wanted a window, or layers.*.is_local False"
+
+
+def _layer_problems(config: DecoderConfig) -> Iterator[str]:
+    if not config.layers:
+        yield "layers is empty; wanted at least one LayerSpec"
+    for i, spec in enumerate(config.layers):
+        yield from _positive(f"layers.{i}.ffw_width", spec.ffw_width)
+        if not 0.0 <= spec.activation_sparsity < 1.0:
+            yield f"layers.{i}.activation_sparsity is {spec.activation_sparsity}; wanted at least 0 and below 1"
+        source = spec.kv_source
+        if source is None:
+            continue
+        if not 0 <= source < i:
+            yield f"layers.{i}.kv_source is {source}; wanted an earlier layer, 0 to {i - 1}"
+        elif config.layers[source].kv_source is not None:
+            yield f"layers.{i}.kv_source is {source}, but layers.{source}.kv_source shows that it has no keys of its own"
+        elif config.layers[source].is_local != spec.is_local:
+            yield f"layers.{i}.kv_source is {source}, but layers.{source}.is_local differs from layers.{i}.is_local"
