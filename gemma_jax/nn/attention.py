@@ -1,0 +1,146 @@
+"""Grouped-query attention: the weights, and the three ways to take a softmax over keys without a large score matrix."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from gemma_jax.configs.config import AttentionKind, DecoderConfig, LayerSpec
+from gemma_jax.nn.cache import LayerCache, advance, slot_places, store
+from gemma_jax.nn.layers import RMSNorm, dimension_sizes, softcap, weight
+from gemma_jax.nn.masks import Places, visible
+from gemma_jax.nn.rope import rope
+
+BLOCK = 512  # keys looked at together in a long cache, and queries at once in a long sequence
+MASKED = -2.3819763e38  # finite, so that a row without any key gives numbers and not NaN; DeepMind's gemma uses it
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with QK-norm and rope (Gemma 3 report, sec. 2; GQA: arXiv:2305.13245)."""
+
+    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.config, self.kind = config.attention, config.kind(spec)
+        sizes = dimension_sizes(config)
+        self.w_q = weight(rngs, "D N H", sizes, dtype)
+        self.w_k = weight(rngs, "D K H", sizes, dtype)
+        self.w_v = weight(rngs, "D K H", sizes, dtype)
+        self.w_o = weight(rngs, "N H D", sizes, dtype)
+        if self.config.has_qk_norm:
+            self.q_norm = RMSNorm("H", self.config.head_dim, config.norm, dtype)
+            self.k_norm = RMSNorm("H", self.config.head_dim, config.norm, dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        where: Places,
+        cache: LayerCache | None,
+        lengths: Int[Array, " B"] | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Attends to `x` itself, or with a cache (and the number of tokens in it) to all that came before too."""
+        q = jnp.einsum("BTD,DNH->BTNH", x, self.w_q[...])
+        k = jnp.einsum("BTD,DKH->BTKH", x, self.w_k[...])
+        v = jnp.einsum("BTD,DKH->BTKH", x, self.w_v[...])
+        if self.config.has_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rope(a, where.positions, self.kind.rope_theta, self.kind.rope_scale) for a in (q, k))
+        q = q * self.config.query_scale
+        look = Look(self.kind, self.config.is_causal, self.config.softcap)
+        if cache is None or lengths is None:
+            out = look.at(q, k.swapaxes(1, 2), v.swapaxes(1, 2), where, where)
+        else:
+            out, cache = self._with_cache(look, (q, k, v), where, cache, lengths)
+        return jnp.einsum("BTNH,NHD->BTD", out, self.w_o[...]), cache
+
+    def _with_cache(
+        self, look: "Look", qkv: tuple[jax.Array, jax.Array, jax.Array], where: Places, old: LayerCache, lengths
+    ) -> tuple[jax.Array, LayerCache]:
+        q, k, v = qkv
+        new = store(old, k, v, where, lengths)
+        slots = old.keys.shape[2]
+        if q.shape[1] > 1 and self.kind.window is not None:
+            # The chunk may overwrite slots that its first queries still see: look at the old ring, then the chunk.
+            before, places = slot_places(lengths, slots).positions, where.positions
+            keys = jnp.concatenate([old.keys, k.swapaxes(1, 2).astype(old.keys.dtype)], axis=2)
+            values = jnp.concatenate([old.values, v.swapaxes(1, 2).astype(old.values.dtype)], axis=2)
+            return look.at(q, keys, values, where, Places(jnp.concatenate([before, places], axis=1))), new
+        lengths = advance(lengths, where)
+        if slots > BLOCK and self.kind.window is None and slots % BLOCK == 0:
+            return look.along(q, new.keys, new.values, where, lengths), new
+        return look.at(q, new.keys, new.values, where, slot_places(lengths, slots)), new
+
+
+class Look:
+    """The softmax over keys that one layer takes: which keys (`kind`), and the form that fits the sizes at hand."""
+
+    def __init__(self, kind: AttentionKind, is_causal: bool, cap: float | None):
+        self.window, self.is_causal, self.cap = kind.window, is_causal, cap
+
+    def at(
+        self, q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], query: Places, key: Places
+    ) -> Float[Array, "B T N H"]:
+        """Softmax over all S keys, for at most BLOCK queries at a time, so that no [T, S] is held for a long T."""
+        length = q.shape[1]
+        if length <= BLOCK * 2:
+            return self._direct(q, k, v, visible(query, key, self.window, self.is_causal))
+        padding = -length % BLOCK
+        pieces = jax.tree.map(lambda a: _pieces(a, padding), (q, query))
+
+        @jax.checkpoint
+        def piece(inputs: tuple[jax.Array, Places]) -> jax.Array:
+            return self._direct(inputs[0], k, v, visible(inputs[1], key, self.window, self.is_causal))
+
+        out = jax.lax.map(piece, pieces)  # [pieces, B, BLOCK, N, H]
+        return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
+
+    def _direct(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Bool[Array, "B T S"]) -> jax.Array:
+        logits = softcap(_scores(q, k), self.cap)
+        logits = jnp.where(mask[:, None, None], logits, MASKED)
+        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        out = jnp.einsum("BKGTS,BKSH->BTKGH", weights, v)
+        return out.reshape(q.shape)
+
+    def along(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B K S H"],
+        v: Float[Array, "B K S H"],
+        query: Places,
+        lengths: Int[Array, " B"],
+    ) -> Float[Array, "B T N H"]:
+        """Softmax over the filled part of a cache, BLOCK keys at a time: work and memory follow the real length.
+
+        The running maximum and sum are those of online softmax (arXiv:1805.02867).
+        """
+        places = slot_places(lengths, k.shape[2])
+        batch, num_queries, num_heads, width = q.shape
+        heads = (batch, k.shape[1], num_heads // k.shape[1], num_queries)
+
+        def step(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
+            peak, total, out = state
+            keys, values = (jax.lax.dynamic_slice_in_dim(a, i * BLOCK, BLOCK, axis=2) for a in (k, v))
+            key = Places(jax.lax.dynamic_slice_in_dim(places.positions, i * BLOCK, BLOCK, axis=1))
+            mask = visible(query, key, self.window, self.is_causal)[:, None, None]
+            logits = jnp.where(mask, softcap(_scores(q, keys), self.cap), MASKED)
+            new_peak = jnp.maximum(peak, jnp.max(logits, axis=-1))
+            weights = jnp.where(mask, jnp.exp(logits - new_peak[..., None]), 0.0)
+            fade = jnp.exp(peak - new_peak)
+            values = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
+            return new_peak, total * fade + jnp.sum(weights, axis=-1), out * fade[..., None] + values
+
+        start = (jnp.full(heads, MASKED), jnp.zeros(heads), jnp.zeros((*heads, width)))
+        num_blocks = (jnp.max(lengths) + BLOCK - 1) // BLOCK
+        _, total, out = jax.lax.fori_loop(0, num_blocks, step, start)
+        out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
+        return jnp.einsum("BKGTH->BTKGH", out).reshape(q.shape).astype(q.dtype)
+
+
+def _scores(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"]) -> Float[Array, "B K G T S"]:
+    """Products of queries and keys in float32; consecutive query heads share a key head."""
+    grouped = q.reshape(*q.shape[:2], k.shape[1], -1, q.shape[-1])
+    return jnp.einsum("BTKGH,BKSH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
+
+
+def _pieces(x: jax.Array, padding: int) -> jax.Array:
+    """[B, T, ...] -> [pieces, B, BLOCK, ...]; what pads the last piece is cut off again by the caller."""
+    x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode="edge")
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:]), 1, 0)

@@ -1,0 +1,118 @@
+"""Key/value caches of the exact size: a ring of W slots for a local layer, `capacity` slots for a global one.
+
+Both are rings by one rule: position p stands in slot p mod S. So the position that a slot holds follows from the
+number of tokens stored, and is not stored itself. Keys are kept after norm and rope.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gemma_jax.configs.config import DecoderConfig
+from gemma_jax.nn.masks import Places
+
+SCATTER_TOKENS = 8  # up to this many new tokens are written one by one; above, the whole ring is selected anew
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's keys and values; [B, K, S, H] lets a step update one row in place on TPU and CPU alike."""
+
+    keys: jax.Array  # [B, K, S, H]
+    values: jax.Array  # [B, K, S, H]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """All layers' caches, and how many tokens of each row they have seen."""
+
+    layers: tuple[LayerCache, ...]
+    lengths: jax.Array  # int32 [B]
+
+
+def slot_counts(config: DecoderConfig, capacity: int) -> tuple[int, ...]:
+    """Slots of each layer's cache for `capacity` tokens of context."""
+    windows = (config.kind(spec).window for spec in config.layers)
+    return tuple(capacity if window is None else min(window, capacity) for window in windows)
+
+
+def cache_bytes(config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtype | str = "bfloat16") -> int:
+    """Bytes of the keys and values that `empty_cache` allocates (the counters, 4 bytes a row, left out)."""
+    row = 2 * config.attention.num_kv_heads * config.attention.head_dim * jnp.dtype(dtype).itemsize
+    return batch * row * sum(slot_counts(config, capacity))
+
+
+def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtype | str) -> Cache:
+    """A cache for rows of at most `capacity` tokens. Writing more than that is the caller's error."""
+    heads, width = config.attention.num_kv_heads, config.attention.head_dim
+    layers = []
+    for slots in slot_counts(config, capacity):
+        shape = (batch, heads, slots, width)
+        layers.append(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+    return Cache(tuple(layers), jnp.zeros((batch,), jnp.int32))
+
+
+def slot_places(lengths: Int[Array, " B"], slots: int) -> Places:
+    """The position that each slot holds once `lengths` tokens are stored; -1 where none yet."""
+    last = lengths[:, None] - 1
+    slot = jnp.arange(slots, dtype=jnp.int32)[None, :]
+    position = last - (last - slot) % slots
+    return Places(jnp.maximum(position, -1))
+
+
+def advance(lengths: Int[Array, " B"], where: Places) -> Int[Array, " B"]:
+    """How many tokens are stored once the real ones at hand are."""
+    return lengths + jnp.sum(where.positions >= 0, axis=1, dtype=jnp.int32)
+
+
+def store(
+    cache: LayerCache,
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    where: Places,
+    lengths: Int[Array, " B"],
+) -> LayerCache:
+    """Writes the new tokens into their slots. Real tokens stand first in a row; padding (position -1) is not written.
+
+    `lengths` is the number of tokens stored before. When more tokens come than there are slots the last ones stay.
+    """
+    slots = cache.keys.shape[2]
+    if keys.shape[1] <= min(SCATTER_TOKENS, slots):
+        return _scatter(cache, keys, values, where, slots)
+    # Seen from a slot: which of the new tokens does it hold afterwards, if any? Works for any T, wrap and padding.
+    held = slot_places(advance(lengths, where), slots).positions
+    index = held - lengths[:, None]
+    is_new = (index >= 0)[:, None, :, None]
+    index = jnp.clip(index, 0, keys.shape[1] - 1)[:, None, :, None]
+
+    def renewed(old: jax.Array, new: jax.Array) -> jax.Array:
+        new = jnp.take_along_axis(new.swapaxes(1, 2), index, axis=2)
+        return jnp.where(is_new, new.astype(old.dtype), old)
+
+    return LayerCache(renewed(cache.keys, keys), renewed(cache.values, values))
+
+
+def _scatter(cache: LayerCache, keys: jax.Array, values: jax.Array, where: Places, slots: int) -> LayerCache:
+    slot = jnp.where(where.positions >= 0, where.positions % slots, slots)
+    row = jnp.arange(keys.shape[0])[:, None]
+
+    def written(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[row, :, slot].set(new.astype(old.dtype), mode="drop", unique_indices=True)
+
+    return LayerCache(written(cache.keys, keys), written(cache.values, values))
+
+
+def capacity_bucket(tokens: int) -> int:
+    """The smallest capacity on offer for `tokens`: few sizes, so that a new length seldom compiles anew.
+
+    Powers of two and their midpoints from 256 on: at most a third of a global cache stays unused.
+    """
+    if tokens <= 256:
+        return 256
+    power = 2 ** math.ceil(math.log2(tokens))
+    return power * 3 // 4 if tokens <= power * 3 // 4 else power

@@ -1,0 +1,128 @@
+"""The decoder of Gemma 1, 2 and 3: one implementation, all sizes. Start reading at `Decoder.__call__`."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from gemma_jax.configs.config import ConfigError, DecoderConfig, LayerSpec
+from gemma_jax.nn.attention import Attention
+from gemma_jax.nn.cache import Cache, LayerCache, advance
+from gemma_jax.nn.layers import GatedMLP, RMSNorm, Table, softcap
+from gemma_jax.nn.masks import Places
+
+
+class Layer(nnx.Module):
+    """One block: attention, then the gated ffw, each normed before and (Gemma 2 on) after, each added to the stream."""
+
+    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        def norm() -> RMSNorm:
+            return RMSNorm("D", config.width, config.norm, dtype)
+
+        self.has_post_norms = config.norm.has_post_norms
+        self.pre_attention_norm, self.pre_ffw_norm = norm(), norm()
+        if self.has_post_norms:
+            self.post_attention_norm, self.post_ffw_norm = norm(), norm()
+        self.attn = Attention(config, spec, rngs=rngs, dtype=dtype)
+        self.mlp = GatedMLP(config, spec.ffw_width, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        where: Places,
+        cache: LayerCache | None = None,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        attended, cache = self.attn(self.pre_attention_norm(x), where, cache, lengths)
+        x = x + (self.post_attention_norm(attended) if self.has_post_norms else attended)
+        mixed = self.mlp(self.pre_ffw_norm(x))
+        return x + (self.post_ffw_norm(mixed) if self.has_post_norms else mixed), cache
+
+
+class Stem(nnx.Module):
+    """What stands around the layers: token table, final norm, head. `Decoder` and `ScannedDecoder` add the layers."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype | str, table_dims: str):
+        refuse_unbuilt(config)
+        dtype = jnp.dtype(dtype)
+        if dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
+            raise ValueError(
+                f"dtype is {dtype.name}; wanted float32 or bfloat16: Gemma's residual stream passes 65504, "
+                "the end of float16"
+            )
+        self.config = config
+        self.embedder = Table(config, table_dims, rngs=rngs, dtype=dtype)
+        if not config.has_tied_head:
+            self.head = Table(config, table_dims, rngs=rngs, dtype=dtype)
+        self.final_norm = RMSNorm("D", config.width, config.norm, dtype)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Rows of the table times sqrt(D), that factor rounded to the table's dtype first (1152: 34.0 in bfloat16)."""
+        x = self.embedder.rows(tokens)
+        return x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.has_embedding_scale else x
+
+    def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Unnormalised log-probabilities in float32 of hidden vectors that have passed the final norm."""
+        table = self.embedder if self.config.has_tied_head else self.head
+        return softcap(table.logits(x), self.config.final_softcap)
+
+
+class Decoder(Stem):
+    """A module per layer: the form for generation, each layer's cache is its own array and is updated in place.
+
+    Weights are random until loaded. `dtype`: float32 or bfloat16. `table_dims`: see `Table`.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype | str = "float32", table_dims: str = "V D"
+    ):
+        super().__init__(config, rngs=rngs, dtype=dtype, table_dims=table_dims)
+        dtype = jnp.dtype(dtype)
+        self.layers = nnx.List([Layer(config, spec, rngs=rngs, dtype=dtype) for spec in config.layers])
+
+    def __call__(self, tokens: Int[Array, "B T"], where: Places | None = None) -> Float[Array, "B T V"]:
+        """Logits of every position, float32. `where` defaults to rows without padding."""
+        return self.logits(self.hidden(tokens, where or Places.plain(*tokens.shape))[0])
+
+    def hidden(
+        self, tokens: Int[Array, "B T"], where: Places, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """The last hidden vectors, after the final norm, and the cache with the real tokens at hand added.
+
+        With a cache, `where.positions` must go on from `cache.lengths`, real tokens first in each row.
+        """
+        states, cache = self._run(self.embed(tokens), where, cache)
+        return self.final_norm(states[-1]), cache
+
+    def hidden_states(self, tokens: Int[Array, "B T"], where: Places) -> Float[Array, "L+1 B T D"]:
+        """The stream before the first layer and after each, the last one after the final norm (Hugging Face's order)."""
+        states, _ = self._run(self.embed(tokens), where, None)
+        return jnp.stack([*states[:-1], self.final_norm(states[-1])])
+
+    def _run(self, x: jax.Array, where: Places, cache: Cache | None) -> tuple[list[jax.Array], Cache | None]:
+        lengths = None if cache is None else cache.lengths
+        states, caches = [x], []
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer_{i}"):
+                x, layer_cache = layer(x, where, None if cache is None else cache.layers[i], lengths)
+            states.append(x)
+            caches.append(layer_cache)
+        return states, None if cache is None else Cache(tuple(caches), advance(cache.lengths, where))
+
+
+def refuse_unbuilt(config: DecoderConfig) -> None:
+    """Raises ConfigError for ingredients that the config can say and this decoder cannot yet do: those of Gemma 3n."""
+    unbuilt = {
+        "altup": config.altup is not None,
+        "laurel_rank": config.laurel_rank is not None,
+        "per_layer_embedding": config.per_layer_embedding is not None,
+        "attention.has_v_norm": config.attention.has_v_norm,
+        "layers.*.kv_source": any(spec.kv_source is not None for spec in config.layers),
+        "layers.*.activation_sparsity": any(spec.activation_sparsity for spec in config.layers),
+    }
+    found = [name for name, is_set in unbuilt.items() if is_set]
+    if found:
+        raise ConfigError(
+            f"config {config.name!r} sets {', '.join(found)}: these belong to Gemma 3n, which the decoder does not "
+            "build yet; unset them"
+        )

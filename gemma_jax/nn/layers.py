@@ -1,0 +1,105 @@
+"""Weights and the small modules every block is made of.
+
+Dimension letters: B sequences, T query tokens, S key slots, N query heads, K key/value heads, G = N/K, H head width,
+D model width, F ffw width, V vocabulary, W window.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from gemma_jax.configs.config import DecoderConfig, NormConfig
+
+ACTIVATION: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+
+
+def dimension_sizes(config: DecoderConfig) -> dict[str, int]:
+    """What the letters of a weight's `dims` stand for. F differs by layer and is added there."""
+    attention = config.attention
+    return {
+        "D": config.width,
+        "N": attention.num_heads,
+        "K": attention.num_kv_heads,
+        "H": attention.head_dim,
+        "V": config.vocab_size,
+    }
+
+
+def weight(rngs: nnx.Rngs, dims: str, sizes: Mapping[str, int], dtype: jnp.dtype) -> nnx.Param:
+    """A random parameter whose metadata names its dimensions, as in dims="D N H"; sharding rules read them.
+
+    Normal with variance 1/fan_in: kernels that read the residual stream begin with D, the others end with it.
+    """
+    letters = dims.split()
+    shape = tuple(sizes[letter] for letter in letters)
+    fan_in = sizes["D"] if "D" in (letters[0], *letters[1:-1]) or "V" in letters else math.prod(shape[:-1])
+    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5, dims=dims)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * (1 + scale), or * scale, in float32 (arXiv:1910.07467). `dim` is the letter normalised over."""
+
+    def __init__(self, dim: str, size: int, config: NormConfig, dtype: jnp.dtype):
+        self.config = config
+        start = jnp.zeros if config.is_zero_centred else jnp.ones
+        self.scale = nnx.Param(start((size,), dtype), dims=dim)
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        wide = x.astype(jnp.float32)
+        gain = self.scale[...].astype(jnp.float32)
+        gain = 1.0 + gain if self.config.is_zero_centred else gain
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(variance + self.config.epsilon) * gain).astype(x.dtype)
+
+
+class Table(nnx.Module):
+    """The token table, read by row at the entry and, when the head is tied, as a matrix at the exit.
+
+    Its two dimensions may stand in memory in either order, `dims="V D"` or "D V": one token's product with a table
+    stored "D V" runs at memory speed on CPU and at half of it otherwise (XLA cannot choose, gathers fix the order).
+    """
+
+    def __init__(self, config: DecoderConfig, dims: str, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.dims = dims
+        self.embedding = weight(rngs, dims, dimension_sizes(config), dtype)
+
+    def rows(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The row of each token, unscaled. A token outside 0..V-1 is the caller's error and gives a clamped row."""
+        axis = self.dims.split().index("V")
+        rows = jnp.take(self.embedding[...], tokens, axis=axis, mode="clip")
+        return jnp.moveaxis(rows, 0, -1) if axis else rows
+
+    def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Products with every row, accumulated in float32."""
+        table = self.embedding[...]
+        equation = f"...D,{self.dims.replace(' ', '')}->...V"
+        return jnp.einsum(equation, x.astype(table.dtype), table, preferred_element_type=jnp.float32)
+
+
+class GatedMLP(nnx.Module):
+    """(activation(x w_gate) * (x w_up)) w_down, without biases (arXiv:2002.05202)."""
+
+    def __init__(self, config: DecoderConfig, ffw_width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.activation = config.activation
+        sizes = dimension_sizes(config) | {"F": ffw_width}
+        self.w_gate = weight(rngs, "D F", sizes, dtype)
+        self.w_up = weight(rngs, "D F", sizes, dtype)
+        self.w_down = weight(rngs, "F D", sizes, dtype)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate = ACTIVATION[self.activation](x @ self.w_gate[...])
+        return (gate * (x @ self.w_up[...])) @ self.w_down[...]
+
+
+def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """cap * tanh(x / cap): keeps values inside (-cap, cap); None leaves them (Gemma 2 report, sec. 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)

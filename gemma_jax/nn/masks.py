@@ -1,0 +1,44 @@
+"""Who may look at whom. One rule, from positions alone, for padding, packing, chunked prefill and ring caches."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Places:
+    """Where tokens stand: their positions, counted from 0 in each document, and for packed rows their document."""
+
+    positions: jax.Array  # int32 [B, T]; -1 marks padding or an empty slot
+    segments: jax.Array | None = None  # int32 [B, T]; None: one document a row
+
+    @staticmethod
+    def of(mask: Bool[Array, "B T"]) -> "Places":
+        """Counts the real tokens of each row; padding may stand left or right."""
+        return Places(jnp.where(mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, -1))
+
+    @staticmethod
+    def plain(batch: int, length: int) -> "Places":
+        """Rows without padding."""
+        return Places(jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length)))
+
+
+def visible(query: Places, key: Places, window: int | None, is_causal: bool = True) -> Bool[Array, "B T S"]:
+    """True where a query may look: at real keys of its document, not ahead, and fewer than `window` tokens back.
+
+    Exactly `window` keys are seen, the query itself included. Without causality (EmbeddingGemma) a window is
+    symmetric: window // 2 tokens to each side and the query. Source: Gemma 3 report, sec. 2; gemma3.md, 3.6.
+    """
+    distance = query.positions[:, :, None] - key.positions[:, None, :]
+    seen = jnp.broadcast_to(key.positions[:, None, :] >= 0, distance.shape)
+    if is_causal:
+        seen &= distance >= 0
+        seen = seen if window is None else seen & (distance < window)
+    elif window is not None:
+        seen &= jnp.abs(distance) <= window // 2
+    if query.segments is not None and key.segments is not None:
+        seen &= query.segments[:, :, None] == key.segments[:, None, :]
+    return seen
