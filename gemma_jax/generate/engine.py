@@ -1,0 +1,299 @@
+"""Tokens in, tokens out: bucketed chunked prefill, then one compiled loop for decoding.
+
+Python is entered once for each chunk of tokens, never per token. Rows of a batch stand right-padded: row b's next
+token has position `cache.lengths[b]`, so unequal prompts share one program and no row sees another's padding.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from gemma_jax.generate import sampling
+from gemma_jax.generate.sampling import Plan, Sampler, SamplingParams
+from gemma_jax.nn.cache import Cache, capacity_bucket, empty_cache
+from gemma_jax.nn.decoder import Decoder
+from gemma_jax.nn.masks import Places
+
+PREFILL_CHUNK = 512  # tokens a row taken at once; the score matrix is at most chunk x (window + chunk)
+SMALLEST_CHUNK = 16
+DECODE_CHUNK = 32  # tokens between two looks from Python
+MAX_STOP_IDS = 8
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """A batch in the middle of decoding; donated to each chunk and given back by it."""
+
+    cache: Cache
+    tokens: jax.Array  # int32 [B], drawn last and not yet in the cache
+    steps: jax.Array  # int32 [B], tokens drawn so far
+    is_done: jax.Array  # bool [B]
+    seen: jax.Array | None  # bool [B, V], tokens of prompt and answer; None unless a repetition penalty asks for them
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Limits:
+    """When a row ends."""
+
+    steps: jax.Array  # int32 [B], tokens to draw at most
+    stop_ids: jax.Array  # int32 [B, MAX_STOP_IDS], ended by any of these; -1 is none
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens of some steps: n columns, of which a row's first `counts` are real."""
+
+    tokens: jax.Array  # int32 [B, n]
+    counts: jax.Array  # int32 [B]
+    logprobs: jax.Array | None = None  # float32 [B, n]
+    top_logprobs: jax.Array | None = None  # float32 [B, n, k]
+    top_ids: jax.Array | None = None  # int32 [B, n, k]
+
+
+@functools.partial(jax.jit, donate_argnames=("cache", "last"))
+def prefill_chunk(
+    model: Decoder, tokens: Int[Array, "B T"], counts: Int[Array, " B"], cache: Cache, last: Float[Array, "B D"]
+) -> tuple[Cache, Float[Array, "B D"]]:
+    """Adds the first `counts` tokens of each row to the cache; `last` keeps each row's newest hidden vector."""
+    column = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    positions = jnp.where(column < counts[:, None], cache.lengths[:, None] + column, -1)
+    x, cache_after = model.hidden(tokens, Places(positions), cache)
+    assert cache_after is not None
+    newest = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+    return cache_after, jnp.where((counts > 0)[:, None], newest, last)
+
+
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames="cache")
+def first_token(
+    model: Decoder,
+    last: Float[Array, "B D"],
+    cache: Cache,
+    seen: jax.Array | None,
+    rows: Sampler,
+    limits: Limits,
+    plan: Plan,
+) -> tuple[State, Drawn]:
+    """Draws the token after the prompt."""
+    batch = last.shape[0]
+    idle = jnp.zeros((batch,), jnp.int32)
+    state = State(cache, idle, idle, limits.steps <= 0, seen)
+    return _draw(model, last, state, rows, limits, plan)
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "size"), donate_argnames="state")
+def decode_chunk(
+    model: Decoder, state: State, rows: Sampler, limits: Limits, num_steps: Int[Array, ""], plan: Plan, size: int
+) -> tuple[State, Drawn]:
+    """Draws up to `num_steps` tokens a row, at most `size`, in one loop that ends early once all rows are done."""
+
+    def more(carry: tuple[jax.Array, State, Drawn]) -> jax.Array:
+        i, state, _ = carry
+        return (i < num_steps) & ~jnp.all(state.is_done)
+
+    def step(carry: tuple[jax.Array, State, Drawn]) -> tuple[jax.Array, State, Drawn]:
+        i, state, sofar = carry
+        positions = jnp.where(state.is_done, -1, state.cache.lengths)[:, None]
+        x, cache = model.hidden(state.tokens[:, None], Places(positions), state.cache)
+        assert cache is not None
+        state = State(cache, state.tokens, state.steps, state.is_done, state.seen)
+        state, drawn = _draw(model, x[:, 0], state, rows, limits, plan)
+
+        def put(buffer: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(buffer, new, i, axis=1)
+
+        columns = [jax.tree.map(put, *pair) for pair in zip(_columns(sofar), _columns(drawn), strict=True)]
+        return i + 1, state, Drawn(columns[0], sofar.counts + drawn.counts, *columns[1:])
+
+    start = (jnp.int32(0), state, _empty(state.tokens.shape[0], size, plan))
+    _, state, drawn = jax.lax.while_loop(more, step, start)
+    return state, drawn
+
+
+def _columns(drawn: Drawn) -> list[jax.Array | None]:
+    return [drawn.tokens, drawn.logprobs, drawn.top_logprobs, drawn.top_ids]
+
+
+def _empty(batch: int, size: int, plan: Plan) -> Drawn:
+    tokens, counts = jnp.zeros((batch, size), jnp.int32), jnp.zeros((batch,), jnp.int32)
+    if plan.num_logprobs is None:
+        return Drawn(tokens, counts)
+    shape = (batch, size, plan.num_logprobs)
+    return Drawn(tokens, counts, jnp.zeros((batch, size)), jnp.zeros(shape), jnp.zeros(shape, jnp.int32))
+
+
+def _draw(
+    model: Decoder, x: Float[Array, "B D"], state: State, rows: Sampler, limits: Limits, plan: Plan
+) -> tuple[State, Drawn]:
+    """One token a row from the last hidden vectors; rows that are done stay as they are."""
+    logits = model.logits(x)
+    tokens = sampling.sample(logits, rows, plan, state.steps, state.seen)
+    tokens = jnp.where(state.is_done, state.tokens, tokens)
+    steps = state.steps + ~state.is_done
+    is_stop = jnp.any(tokens[:, None] == limits.stop_ids, axis=1)
+    seen = state.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
+    after = State(state.cache, tokens, steps, state.is_done | is_stop | (steps >= limits.steps), seen)
+    drawn = Drawn(tokens[:, None], (~state.is_done).astype(jnp.int32))
+    if plan.num_logprobs is not None:
+        chosen, best, ids = sampling.logprobs(logits, tokens, plan.num_logprobs)
+        drawn = Drawn(drawn.tokens, drawn.counts, chosen[:, None], best[:, None], ids[:, None])
+    return after, drawn
+
+
+def chunk_sizes(length: int, chunk: int = PREFILL_CHUNK) -> list[int]:
+    """The buckets a prompt of `length` tokens is cut into: whole chunks, then powers of two, the last one padded.
+
+    300 -> 256, 64. So every prompt is served by a handful of programs and little is computed for nothing.
+    """
+    sizes = []
+    while length > 0:
+        size = chunk
+        while size > SMALLEST_CHUNK and size > length:
+            size //= 2
+        if size < length < 4 * SMALLEST_CHUNK and 2 * size <= chunk:
+            size *= 2
+        sizes.append(size)
+        length -= size
+    return sizes
+
+
+def prefill(
+    model: Decoder, prompts: Sequence[Sequence[int]], capacity: int, chunk: int = PREFILL_CHUNK
+) -> tuple[Cache, Float[Array, "B D"]]:
+    """The cache of `capacity` slots that has seen the prompts, and the last hidden vector of each."""
+    lengths = np.asarray([len(prompt) for prompt in prompts])
+    tokens = np.zeros((len(prompts), int(lengths.max()) + chunk), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    dtype = model.final_norm.scale.dtype
+    cache = empty_cache(model.config, len(prompts), capacity, dtype)
+    last = jnp.zeros((len(prompts), model.config.width), dtype)
+    start = 0
+    for size in chunk_sizes(int(lengths.max()), chunk):
+        counts = np.clip(lengths - start, 0, size).astype(np.int32)
+        cache, last = prefill_chunk(model, tokens[:, start : start + size], counts, cache, last)
+        start += size
+    return cache, last
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one chunk brought for one row, on the host."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    top_logprobs: list[dict[int, float]]
+
+
+class Session:
+    """A batch from prompt to last token. Iterate to get, chunk by chunk, a `Step` for each row.
+
+    `finish(row)` ends a row early (a stop text was found); the others go on.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        stop_ids: Sequence[int],
+        *,
+        prefill_chunk: int = PREFILL_CHUNK,
+        capacity: int | None = None,
+    ):
+        check_prompts(model, prompts)
+        context = model.config.context
+        steps = [min(row.max_new_tokens, context - len(p) + 1) for p, row in zip(prompts, params, strict=True)]
+        needed = max(len(prompt) + count - 1 for prompt, count in zip(prompts, steps, strict=True))
+        if capacity is not None and capacity < needed:
+            raise ValueError(f"capacity is {capacity}; prompt and answer need {needed} slots")
+        self.model, self.prompts, self.params, self.chunk = model, prompts, params, prefill_chunk
+        self.plan = sampling.plan(params)
+        self.rows = sampling.sampler(params, model.config.vocab_size)
+        self.limits = Limits(jnp.asarray(steps, jnp.int32), _stop_table(params, stop_ids))
+        self.capacity = capacity or capacity_bucket(needed)
+        self._ended = np.zeros(len(prompts), bool)
+
+    def finish(self, row: int) -> None:
+        """Draws no more tokens for this row."""
+        self._ended[row] = True
+
+    def __iter__(self) -> Iterator[list[Step]]:
+        cache, last = prefill(self.model, self.prompts, self.capacity, self.chunk)
+        seen = self._seen() if self.plan.penalises else None
+        state, drawn = first_token(self.model, last, cache, seen, self.rows, self.limits, self.plan)
+        yield _steps(drawn)
+        num_steps = 1  # doubled from chunk to chunk: the first words come at once, Python is entered seldom
+        while True:
+            state = State(state.cache, state.tokens, state.steps, state.is_done | self._ended, state.seen)
+            if bool(np.all(state.is_done)):
+                return
+            num_steps = min(2 * num_steps, DECODE_CHUNK)
+            state, drawn = decode_chunk(
+                self.model, state, self.rows, self.limits, np.int32(num_steps), self.plan, DECODE_CHUNK
+            )
+            yield _steps(drawn)
+
+    def _seen(self) -> jax.Array:
+        seen = np.zeros((len(self.prompts), self.model.config.vocab_size), bool)
+        for row, prompt in enumerate(self.prompts):
+            seen[row, list(prompt)] = True
+        return jnp.asarray(seen)
+
+
+def _stop_table(params: Sequence[SamplingParams], stop_ids: Sequence[int]) -> jax.Array:
+    if len(stop_ids) > MAX_STOP_IDS:
+        raise ValueError(f"{len(stop_ids)} stop ids were given; at most {MAX_STOP_IDS} are possible")
+    table = np.full((len(params), MAX_STOP_IDS), -1, np.int32)
+    for row, wanted in enumerate(params):
+        if not wanted.ignore_eos:
+            table[row, : len(stop_ids)] = stop_ids
+    return jnp.asarray(table)
+
+
+def _steps(drawn: Drawn) -> list[Step]:
+    host = jax.device_get(drawn)
+    steps = []
+    for row, count in enumerate(host.counts):
+        logprobs, tops = [], []
+        if host.logprobs is not None:
+            logprobs = host.logprobs[row, :count].tolist()
+            pairs = zip(host.top_ids[row, :count].tolist(), host.top_logprobs[row, :count].tolist(), strict=True)
+            tops = [dict(zip(ids, values, strict=True)) for ids, values in pairs]
+        steps.append(Step(host.tokens[row, :count].tolist(), logprobs, tops))
+    return steps
+
+
+def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError for an empty batch, an empty or too long prompt, and ids that are no tokens."""
+    if not prompts:
+        raise ValueError("the batch is empty; give at least one prompt")
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {row} is empty; give at least one token (a text gets its BOS by itself)")
+        if len(prompt) > model.config.context:
+            raise ValueError(
+                f"prompt {row} has {len(prompt)} tokens; {model.config.name} reads at most {model.config.context}; "
+                "shorten it"
+            )
+        check_ids(prompt, model.config.vocab_size, f"prompt {row}")
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
+    """Raises ValueError unless all ids are whole numbers from 0 to vocab_size - 1."""
+    array = np.asarray(ids)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{what} holds {array.dtype} values; wanted token ids, whole numbers")
+    wrong = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if wrong.size:
+        at = int(wrong[0])
+        raise ValueError(f"{what} has id {array.flat[at]} at place {at}; wanted 0 to {vocab_size - 1}")

@@ -1,0 +1,179 @@
+"""From logits to a token: what the user may ask for, and the same as arrays, one value a row."""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+MASKED = -jnp.inf
+MAX_LOGPROBS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """What a request asks of the sampler. Raises ValueError that names the field, its value and what was wanted.
+
+    The steps follow each other as in Hugging Face: repetition penalty, temperature, top-k, top-p, min-p. Reported
+    log-probabilities are those of the model, before any of them.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0  # 0: the most likely token
+    top_k: int | None = None  # keep the k most likely tokens, and those equal to the k-th
+    top_p: float = 1.0  # keep the most likely tokens that together reach this probability (arXiv:1904.09751)
+    min_p: float = 0.0  # keep tokens at least this times as likely as the best (arXiv:2407.01082)
+    repetition_penalty: float = 1.0  # above 1: tokens of prompt and answer less likely (arXiv:1909.05858, sec. 4.1)
+    seed: int | None = None  # None: a fresh one for each request
+    stop: tuple[str, ...] = ()  # texts that end the answer and are not part of it
+    logprobs: int | None = None  # 0: of the chosen tokens; n: of the n most likely ones too
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _whole("max_new_tokens", self.max_new_tokens, 1, None)
+        _real("temperature", self.temperature, lambda t: t >= 0, "at least 0")
+        if self.top_k is not None:
+            _whole("top_k", self.top_k, 1, None, hint="; leave it out to keep all tokens")
+        _real("top_p", self.top_p, lambda p: 0 < p <= 1, "above 0 and at most 1")
+        _real("min_p", self.min_p, lambda p: 0 <= p <= 1, "from 0 to 1")
+        _real("repetition_penalty", self.repetition_penalty, lambda p: p > 0, "above 0; 1 leaves logits alone")
+        if self.seed is not None:
+            _whole("seed", self.seed, 0, 2**63 - 1)
+        if self.logprobs is not None:
+            _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop is {self.stop!r}; wanted a sequence of non-empty texts")
+
+
+def _whole(name: str, value: object, low: int, high: int | None, hint: str = "") -> None:
+    bound = f"at least {low}" if high is None else f"from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name} is {value!r}; wanted a whole number {bound}{hint}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} is {value}; wanted {bound}{hint}")
+
+
+def _real(name: str, value: object, is_good, wanted: str) -> None:
+    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not is_good(value):
+        raise ValueError(f"{name} is {value!r}; wanted a number {wanted}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the compiled program must contain: one program serves all values of the parameters that share a plan."""
+
+    is_greedy: bool
+    filters: bool
+    penalises: bool
+    num_logprobs: int | None
+
+
+def plan(rows: Sequence[SamplingParams]) -> Plan:
+    """The program that serves all rows of a batch."""
+    counts = [row.logprobs for row in rows if row.logprobs is not None]
+    return Plan(
+        is_greedy=all(row.temperature == 0 for row in rows),
+        filters=any(row.temperature > 0 and (row.top_k or row.top_p < 1 or row.min_p > 0) for row in rows),
+        penalises=any(row.repetition_penalty != 1 for row in rows),
+        num_logprobs=max(counts) if counts else None,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampler:
+    """Sampling parameters of a batch, one value a row; `keys` makes a row's draws its own, whatever its neighbours."""
+
+    temperature: jax.Array  # float32 [B]
+    top_k: jax.Array  # int32 [B]
+    top_p: jax.Array  # float32 [B]
+    min_p: jax.Array  # float32 [B]
+    repetition_penalty: jax.Array  # float32 [B]
+    keys: jax.Array  # uint32 [B, 2]
+
+
+def sampler(rows: Sequence[SamplingParams], vocab_size: int) -> Sampler:
+    """The parameters of a batch as arrays. Rows without a seed get one of their own."""
+    seeds = [secrets.randbits(63) if row.seed is None else row.seed for row in rows]
+    return Sampler(
+        temperature=jnp.asarray([row.temperature for row in rows], jnp.float32),
+        top_k=jnp.asarray([min(row.top_k or vocab_size, vocab_size) for row in rows], jnp.int32),
+        top_p=jnp.asarray([row.top_p for row in rows], jnp.float32),
+        min_p=jnp.asarray([row.min_p for row in rows], jnp.float32),
+        repetition_penalty=jnp.asarray([row.repetition_penalty for row in rows], jnp.float32),
+        keys=jnp.asarray([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], jnp.uint32),
+    )
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    rows: Sampler,
+    plan: Plan,
+    step: Int[Array, " B"],
+    seen: Bool[Array, "B V"] | None,
+) -> Int[Array, " B"]:
+    """Draws one token a row. A row's draw depends on its seed, its step and its logits, not on its neighbours.
+
+    `step` counts the tokens drawn for the row before; `seen` marks tokens of prompt and answer (plan.penalises).
+    """
+    if plan.penalises and seen is not None:
+        penalty = rows.repetition_penalty[:, None]
+        logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if plan.is_greedy:
+        return greedy
+    logits = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+    if plan.filters:
+        logits = _filtered(logits, rows)
+
+    def noise(key: jax.Array, step: jax.Array) -> jax.Array:
+        key = jax.random.wrap_key_data(key, impl="threefry2x32")
+        return jax.random.gumbel(jax.random.fold_in(key, step), logits.shape[1:], jnp.float32)
+
+    drawn = jnp.argmax(logits + jax.vmap(noise)(rows.keys, step), axis=-1).astype(jnp.int32)
+    return jnp.where(rows.temperature > 0, drawn, greedy)
+
+
+def _filtered(logits: Float[Array, "B V"], rows: Sampler) -> Float[Array, "B V"]:
+    """Logits with all but the kept tokens at minus infinity: top-k, then top-p of what is left, then min-p."""
+    order = _order(logits)
+    kept = order >= _threshold(order, jnp.ones_like(logits), rows.top_k.astype(jnp.float32))[:, None]
+    weights = jnp.where(kept, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0.0)
+    kept &= order >= _threshold(order, weights, rows.top_p * jnp.sum(weights, axis=-1))[:, None]
+    kept &= weights >= rows.min_p[:, None]  # the best token has weight 1
+    return jnp.where(kept, logits, MASKED)
+
+
+def _order(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
+    """float32 as uint32 in the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(0x80000000))
+
+
+def _threshold(order: Int[Array, "B V"], mass: Float[Array, "B V"], wanted: Float[Array, " B"]) -> Int[Array, " B"]:
+    """The greatest value such that the entries at or above it weigh at least `wanted`, found bit by bit.
+
+    32 sums over the vocabulary instead of a sort: no order of the whole row is needed, and sums shard.
+    """
+
+    def bit(i: jax.Array, least: jax.Array) -> jax.Array:
+        trial = least | (jnp.uint32(1) << (jnp.uint32(31) - i.astype(jnp.uint32)))
+        above = jnp.sum(jnp.where(order >= trial[:, None], mass, 0.0), axis=-1)
+        return jnp.where(above >= wanted, trial, least)
+
+    return jax.lax.fori_loop(0, 32, bit, jnp.zeros(order.shape[:1], jnp.uint32))
+
+
+def logprobs(
+    logits: Float[Array, "B V"], tokens: Int[Array, " B"], count: int
+) -> tuple[Float[Array, " B"], Float[Array, "B n"], Int[Array, "B n"]]:
+    """Log-probabilities of the chosen tokens and of the `count` most likely ones, with their ids; natural logarithm."""
+    total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - total
+    best, ids = jax.lax.top_k(logits, count)
+    return chosen, best - total[:, None], ids.astype(jnp.int32)

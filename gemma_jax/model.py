@@ -1,0 +1,166 @@
+"""`Gemma`: a config, its weights and a tokenizer. The object users hold."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from gemma_jax.configs.config import DecoderConfig
+from gemma_jax.generate import scoring
+from gemma_jax.generate.completion import Completion, Piece, answers, complete, pieces
+from gemma_jax.generate.engine import Session, check_ids
+from gemma_jax.generate.sampling import SamplingParams
+from gemma_jax.generate.scoring import Score
+from gemma_jax.nn.decoder import Decoder
+from gemma_jax.nn.masks import Places
+from gemma_jax.text.chat import encode_chat
+from gemma_jax.text.tokenizer import Tokenizer
+
+STOP_IDS = (1, 106)  # <eos> and <end_of_turn>: instruction-tuned models end with the second
+CHAT_SAMPLING = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}  # of the instruction-tuned releases
+
+Prompt = str | Sequence[int]
+
+
+@jax.jit
+def _logits(model: Decoder, tokens: jax.Array, where: Places) -> jax.Array:
+    return model(tokens, where)
+
+
+@jax.jit
+def _hidden_states(model: Decoder, tokens: jax.Array, where: Places) -> jax.Array:
+    return model.hidden_states(tokens, where)
+
+
+class Gemma:
+    """A loaded model. Made by `gemma_jax.load`, or from your own decoder: `Gemma(config, Decoder(config, ...))`.
+
+    A prompt is a text or a list of token ids; a text gets its BOS, ids are taken as they are.
+    """
+
+    def __init__(self, config: DecoderConfig, model: Decoder, tokenizer: Tokenizer | None = None):
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], *, seed: int | Sequence[int] | None = None, **sampling: Any
+    ) -> Any:
+        """Continues a prompt, or each of several.
+
+        Args:
+            prompt: a text, a list of ids, or a list of these (of any lengths).
+            seed: makes sampling repeatable. A row's draws depend on its seed and prompt alone, not on its batch, so
+                equal prompts with one seed give equal answers; give a list of seeds, one a prompt, for different ones.
+            **sampling: fields of `SamplingParams`: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p,
+                repetition_penalty, stop (a text or several), logprobs, ignore_eos.
+
+        Returns: a `Completion`, or a list of them for a list of prompts.
+        Raises: ValueError for bad values, empty or too long prompts, ids outside the vocabulary.
+        """
+        is_single = _is_single(prompt)
+        session = self._session([prompt] if is_single else list(prompt), seed, sampling)  # pyright: ignore
+        done = complete(session, self.tokenizer, self.stop_ids)
+        return done[0] if is_single else done
+
+    def stream(self, prompt: Prompt, *, seed: int | None = None, **sampling: Any) -> Iterator[Piece]:
+        """Continues one prompt; yields pieces of whole characters as they come, the last with a finish_reason."""
+        if not _is_single(prompt):
+            raise ValueError("stream continues one prompt; use generate for a batch")
+        session = self._session([prompt], seed, sampling)
+        return (piece for (piece,) in pieces(session, answers(session, self.tokenizer, self.stop_ids)))
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **sampling: Any) -> Completion:
+        """Answers a conversation of OpenAI-style messages ({"role": ..., "content": ...}).
+
+        Samples as the instruction-tuned models were released (temperature 1, top_k 64, top_p 0.95) unless told
+        otherwise, up to the end of the turn or of the context. Control tokens come from the template alone: text of
+        users never becomes one. Raises ChatError (a ValueError) for roles out of order.
+        """
+        return self.generate(*self._chat_prompt(messages, sampling), **self._chat_sampling(sampling))
+
+    def stream_chat(self, messages: Sequence[Mapping[str, Any]], **sampling: Any) -> Iterator[Piece]:
+        """`chat` as a stream of pieces."""
+        return self.stream(*self._chat_prompt(messages, sampling), **self._chat_sampling(sampling))
+
+    def logits(
+        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Unnormalised log-probabilities of the next token after every token, float32.
+
+        `mask` is False at padding, left or right; what stands at padding has no meaning. B*T*V*4 bytes are needed.
+        """
+        return _logits(self.model, *self._batch(tokens, mask))
+
+    def hidden_states(
+        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "L+1 B T D"]:
+        """The stream before the first layer and after each; the last after the final norm (Hugging Face's order)."""
+        return _hidden_states(self.model, *self._batch(tokens, mask))
+
+    def score(self, prompt: Prompt) -> Score:
+        """Log-probability of each token of a text (or list of ids) given those before, mean nll and perplexity."""
+        return scoring.score(self.model, self._ids(prompt))
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer unless ignore_eos."""
+        return tuple(i for i in STOP_IDS if i < self.config.vocab_size)
+
+    def _batch(self, tokens: Any, mask: Any) -> tuple[jax.Array, Places]:
+        array = np.asarray(tokens)
+        if array.ndim != 2 or not array.size:
+            raise ValueError(f"tokens has shape {array.shape}; wanted [B, T] with at least one token")
+        check_ids(array, self.config.vocab_size, "tokens")  # pyright: ignore
+        if mask is None:
+            return jnp.asarray(array, jnp.int32), Places.plain(*array.shape)
+        if np.shape(mask) != array.shape:
+            raise ValueError(f"mask has shape {np.shape(mask)}, but tokens has {array.shape}; wanted the same")
+        return jnp.asarray(array, jnp.int32), Places.of(jnp.asarray(mask, bool))
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise ValueError(f"{self.config.name} was loaded without a tokenizer; give a list of token ids")
+        if not prompt:
+            raise ValueError("the prompt is empty; give some text, or token ids such as [2] for BOS alone")
+        return self.tokenizer.encode(prompt, bos=True)
+
+    def _session(self, prompts: Sequence[Prompt], seed: Any, sampling: Mapping[str, Any]) -> Session:
+        stop = sampling.get("stop") or ()
+        params = sampling_params(**{**sampling, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop texts need a tokenizer, and this model was loaded without one")
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds were given for {len(prompts)} prompts; give one each, or a single one")
+        rows = [dataclasses.replace(params, seed=one) for one in seeds]
+        return Session(self.model, [self._ids(prompt) for prompt in prompts], rows, self.stop_ids)
+
+    def _chat_prompt(self, messages: Sequence[Mapping[str, Any]], sampling: dict[str, Any]) -> tuple[list[int]]:
+        if self.tokenizer is None:
+            raise ValueError(f"{self.config.name} was loaded without a tokenizer, which chat needs")
+        return (encode_chat(self.tokenizer, messages),)
+
+    def _chat_sampling(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        return {"max_new_tokens": self.config.context, **CHAT_SAMPLING, **sampling}
+
+
+def sampling_params(**sampling: Any) -> SamplingParams:
+    """SamplingParams from keywords; an unknown one is a TypeError that lists those there are."""
+    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    unknown = sorted(set(sampling) - set(names))
+    if unknown:
+        raise TypeError(f"unknown sampling parameter {', '.join(unknown)}; there are {', '.join(names)}")
+    return SamplingParams(**sampling)
+
+
+def _is_single(prompt: Any) -> bool:
+    if isinstance(prompt, str):
+        return True
+    if not isinstance(prompt, Sequence | np.ndarray):
+        raise TypeError(f"prompt is a {type(prompt).__name__}; wanted a text, a list of token ids, or a list of these")
+    return len(prompt) > 0 and isinstance(prompt[0], int | np.integer)
