@@ -1,0 +1,172 @@
+"""Tiny random models and their plain forward, built once for all tests."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gemma_jax.configs.config import AttentionConfig, AttentionKind, DecoderConfig, LayerSpec
+from gemma_jax.nn.decoder import Decoder, Stem
+from gemma_jax.nn.masks import Places
+from gemma_jax.nn.paths import parameters
+
+FIXTURES = Path(__file__).parent / "fixtures"
+PLAIN_LENGTH = 64  # one compiled shape serves every sequence up to this length
+
+
+def _tiny_config(name: str = "tiny", vocab_size: int = 128, num_layers: int = 5, window: int = 8) -> DecoderConfig:
+    """All that Gemma 3 is made of: GQA, local and global layers, rope scale, a query scale that is not H ** -0.5."""
+    return DecoderConfig(
+        name=name,
+        vocab_size=vocab_size,
+        width=32,
+        context=320,
+        attention=AttentionConfig(
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+            query_pre_attn_scalar=12.0,
+            local=AttentionKind(window=window, rope_theta=10_000.0),
+            global_=AttentionKind(window=None, rope_theta=1_000_000.0, rope_scale=8.0),
+        ),
+        layers=tuple(LayerSpec(is_local=i % 2 == 0, ffw_width=48) for i in range(num_layers)),
+        period=2,
+    )
+
+
+def _with_random_norms(model: Stem, seed: int = 1) -> Stem:
+    """Norm scales away from their start: at 0 (or 1) a missing or doubled norm would not show."""
+    generator = np.random.default_rng(seed)
+    for path, param in parameters(model).items():
+        if path.endswith("/scale"):
+            value = param[...] + generator.normal(0.0, 0.3, param[...].shape)
+            param.set_raw_value(jnp.asarray(value, param[...].dtype))
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., DecoderConfig]:
+    return _tiny_config
+
+
+@pytest.fixture(scope="session")
+def with_random_norms() -> Callable[..., Stem]:
+    return _with_random_norms
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> DecoderConfig:
+    return _tiny_config()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config: DecoderConfig) -> Decoder:
+    model = _with_random_norms(Decoder(tiny_config, rngs=nnx.Rngs(7)))
+    assert isinstance(model, Decoder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def forward() -> Callable[..., jax.Array]:
+    """The plain forward of any decoder, compiled: (model, tokens [B, T], places) -> logits."""
+    return jax.jit(lambda model, tokens, where: model(tokens, where))
+
+
+@pytest.fixture(scope="session")
+def hidden_states() -> Callable[..., jax.Array]:
+    return jax.jit(lambda model, tokens, where: model.hidden_states(tokens, where))
+
+
+@pytest.fixture(scope="session")
+def plain_logits(tiny_model: Decoder, forward: Callable[..., jax.Array]) -> Callable[[Sequence[int]], np.ndarray]:
+    """Logits [T, V] of one sequence by the whole forward, without cache, chunks or neighbours: the oracle."""
+
+    def logits(tokens: Sequence[int]) -> np.ndarray:
+        assert 0 < len(tokens) <= PLAIN_LENGTH
+        row = np.zeros((1, PLAIN_LENGTH), np.int32)
+        row[0, : len(tokens)] = tokens
+        where = Places(jnp.where(jnp.arange(PLAIN_LENGTH) < len(tokens), jnp.arange(PLAIN_LENGTH), -1)[None])
+        return np.asarray(forward(tiny_model, row, where))[0, : len(tokens)]
+
+    return logits
+
+
+@pytest.fixture(scope="session")
+def plain_greedy(plain_logits: Callable[[Sequence[int]], np.ndarray]) -> Callable[[Sequence[int], int], list[int]]:
+    """Greedy continuation by a whole forward for every token."""
+
+    def greedy(prompt: Sequence[int], count: int) -> list[int]:
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(int(plain_logits(tokens)[-1].argmax()))
+        return tokens[len(prompt) :]
+
+    return greedy
+
+
+@pytest.fixture(scope="session")
+def text_fixture() -> dict[str, np.ndarray]:
+    """Weights, inputs and outputs of Hugging Face's model; see fixtures/README.md."""
+    with np.load(FIXTURES / "gemma3_text.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="session")
+def fixture_model(text_fixture: dict[str, np.ndarray]) -> Decoder:
+    """Our decoder with the fixture's weights, put in place by hand from spec and not by our converters."""
+    config = DecoderConfig(
+        name="fixture",
+        vocab_size=97,
+        width=48,
+        context=256,
+        attention=AttentionConfig(
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            query_pre_attn_scalar=12.0,
+            local=AttentionKind(window=5, rope_theta=10_000.0),
+            global_=AttentionKind(window=None, rope_theta=1_000_000.0, rope_scale=8.0),
+        ),
+        layers=tuple(LayerSpec(is_local=(i + 1) % 6 != 0, ffw_width=80) for i in range(7)),
+        period=6,
+    )
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    params = parameters(model)
+    values = _canonical_weights(text_fixture, config)
+    assert set(values) == set(params)
+    for path, value in values.items():
+        assert value.shape == params[path][...].shape, path
+        params[path].set_raw_value(jnp.asarray(value))
+    return model
+
+
+def _canonical_weights(fixture: dict[str, np.ndarray], config: DecoderConfig) -> dict[str, np.ndarray]:
+    width, attention = config.width, config.attention
+    norms = {
+        "pre_attention_norm": "input_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+        "pre_ffw_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+        "attn/q_norm": "self_attn.q_norm",
+        "attn/k_norm": "self_attn.k_norm",
+    }
+    values = {
+        "embedder/embedding": fixture["w:model.embed_tokens.weight"],
+        "final_norm/scale": fixture["w:model.norm.weight"],
+    }
+    for i in range(config.num_layers):
+        prefix, ours = f"w:model.layers.{i}.", f"layers_{i}/"
+        for our_name, name in norms.items():
+            values[f"{ours}{our_name}/scale"] = fixture[f"{prefix}{name}.weight"]
+        for letter, heads in (("q", attention.num_heads), ("k", attention.num_kv_heads), ("v", attention.num_kv_heads)):
+            kernel = fixture[f"{prefix}self_attn.{letter}_proj.weight"].T
+            values[f"{ours}attn/{letter}/kernel"] = kernel.reshape(width, heads, attention.head_dim)
+        kernel = fixture[f"{prefix}self_attn.o_proj.weight"].T
+        values[f"{ours}attn/o/kernel"] = kernel.reshape(attention.num_heads, attention.head_dim, width)
+        for name in ("gate", "up", "down"):
+            values[f"{ours}mlp/{name}/kernel"] = fixture[f"{prefix}mlp.{name}_proj.weight"].T
+    return values
