@@ -155,5 +155,5 @@ def test_paths_are_those_of_the_specification(make_config):
 
 
 def test_float16_is_refused_with_its_reason(make_config):
-    with pytest.raises(ValueError, match="float16.*65504"):
+    with pytest.raises(ValueError, match=r"float16.*65504"):
         Decoder(make_config(num_layers=1), rngs=nnx.Rngs(0), dtype="float16")
