@@ -144,7 +144,7 @@ class Run:
             self._turns("load", 0, begin)
             for repeat in range(-1, self.settings.repeats):
                 self._turns("speed", repeat, lambda entry, repeat=repeat: self._speeds(entry, workers, repeat))
-                for way, bytes_a_second in memory.ask("stream").items():
+                for way, bytes_a_second in memory.ask("stream").items() if repeat >= 0 else ():
                     self.record.bandwidth.setdefault(way, []).append(bytes_a_second)
         finally:
             for worker in [memory, *workers.values()]:

@@ -67,8 +67,8 @@ def _medians(result: Mapping[str, Any]) -> str:
 
 
 def _ratios(result: Mapping[str, Any]) -> str:
-    if not result["ratios"]:
-        return "No peer was measured beside us."
+    if not any(result["ratios"].values()):
+        return "There is nothing to compare: we or all peers were not measured."
     rows = []
     for figure in figures_of(result["ratios"]):
         cells = [figures.get(figure.key) for figures in result["ratios"].values()]

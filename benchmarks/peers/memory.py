@@ -7,7 +7,6 @@ from importlib.metadata import version
 import numpy as np
 
 COLUMNS = 4096
-PIECE = 1 << 18  # floats a thread takes at once, 1 MiB
 
 
 class Peer:
@@ -18,16 +17,15 @@ class Peer:
         """Makes `size` bytes of float32, far beyond the caches; returns the bytes made."""
         self._matrix = np.ones((size // 4 // COLUMNS, COLUMNS), np.float32)
         self._vector = np.ones(COLUMNS, np.float32)
-        self._pool = ThreadPoolExecutor(threads)
+        self._pool, self._threads = ThreadPoolExecutor(threads), threads
         return self._matrix.nbytes
 
     def stream(self) -> dict[str, float]:
-        """Bytes a second of two ways to read all of it: a matrix-vector product, and threads that each read pieces."""
-        flat = self._matrix.reshape(-1)
-        pieces = [flat[i : i + PIECE] for i in range(0, flat.size, PIECE)]
+        """Bytes a second of two ways to read all of it: a matrix-vector product, and threads that each read a part."""
+        parts = np.array_split(self._matrix.reshape(-1), self._threads)
         start = time.perf_counter()
         self._matrix @ self._vector
         middle = time.perf_counter()
-        list(self._pool.map(lambda piece: float(np.dot(piece, piece)), pieces))
+        list(self._pool.map(lambda part: float(np.dot(part, part)), parts))
         end = time.perf_counter()
         return {"gemv": self._matrix.nbytes / (middle - start), "threads": self._matrix.nbytes / (end - middle)}
