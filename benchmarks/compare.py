@@ -17,6 +17,8 @@ from benchmarks import machine, plot, summary, tables
 from benchmarks.measure import QUICK, Record, Run, Settings
 from benchmarks.registry import DEFAULT_WORK, ENTRIES, US, chosen
 
+ABOUT = "Ourselves against our peers on this machine, with the same weights, in one run."
+
 PARAMETERS_270M = 268_098_176  # gemma_jax.configs counts the same; 4 bytes each are read once a decode step
 
 
@@ -61,7 +63,7 @@ def result_of(record: Record, settings: Settings) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     names = ", ".join(entry.name for entry in ENTRIES)
-    command = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.splitlines()[0])
+    command = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=ABOUT)
     command.add_argument("--peers", default="all", help=f"comma-separated, of: {names} (default: all)")
     command.add_argument("--repeats", type=int, default=5, help="samples of each figure (default: 5)")
     command.add_argument("--threads", type=int, default=2, help="cores that each peer may use (default: 2)")

@@ -7,6 +7,7 @@ Tracing, lowering and compiling are timed apart, for the forward pass as a scan 
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -17,6 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from benchmarks import machine, tables
+from benchmarks.registry import DEFAULT_WORK
+from benchmarks.worker import peak_bytes
 from gemma_jax.configs import gemma3
 from gemma_jax.configs.config import DecoderConfig
 from gemma_jax.generate import engine, sampling
@@ -26,9 +31,9 @@ from gemma_jax.nn.decoder import Decoder, Stem
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.scanned import ScannedDecoder
 
-from benchmarks import machine, tables
-from benchmarks.registry import DEFAULT_WORK
-from benchmarks.worker import peak_bytes
+ABOUT = "Compile times for the shape of a model far too large for this machine, without allocating it."
+
+Times = dict[str, float]  # seconds, and bytes of the program
 
 CONFIGS = {
     "gemma-3-270m": gemma3.GEMMA3_270M,
@@ -45,7 +50,7 @@ def forward(model: Stem, tokens: jax.Array, where: Places) -> jax.Array:
     return model(tokens, where)[:, -1]  # pyright: ignore[reportCallIssue]
 
 
-def timed_compile(function: Any, *arguments: Any, **static: Any) -> dict[str, float]:
+def timed_compile(function: Any, *arguments: Any, **static: Any) -> Times:
     """Seconds to trace, to lower to StableHLO and to compile, and the size of the program."""
     marks = [time.perf_counter()]
 
@@ -55,7 +60,7 @@ def timed_compile(function: Any, *arguments: Any, **static: Any) -> dict[str, fl
 
     lowered = mark(mark(function.trace(*arguments, **static)).lower())
     mark(lowered.compile())
-    traced, low, compiled = (after - before for before, after in zip(marks, marks[1:], strict=False))
+    traced, low, compiled = (after - before for before, after in itertools.pairwise(marks))
     size = len(lowered.as_text())
     return {"trace": traced, "lower": low, "compile": compiled, "total": marks[-1] - marks[0], "stablehlo_bytes": size}
 
@@ -65,7 +70,7 @@ def abstract(make: Callable[[], Any]) -> Any:
     return nnx.eval_shape(make)
 
 
-def programs(config: DecoderConfig, dtype: str, tokens: int, capacity: int) -> dict[str, Callable[[], dict[str, float]]]:
+def programs(config: DecoderConfig, dtype: str, tokens: int, capacity: int) -> dict[str, Callable[[], Times]]:
     """What is compiled, by name. Each builds its shapes when called."""
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
     where = jax.eval_shape(lambda: Places.plain(1, tokens))
@@ -77,16 +82,16 @@ def programs(config: DecoderConfig, dtype: str, tokens: int, capacity: int) -> d
     def cache() -> Any:
         return jax.eval_shape(lambda: empty_cache(config, 1, capacity, dtype))
 
-    def scanned() -> dict[str, float]:
+    def scanned() -> Times:
         model = abstract(lambda: ScannedDecoder(config, rngs=nnx.Rngs(0), dtype=dtype))
         return timed_compile(forward, model, ids, where)
 
-    def prefill() -> dict[str, float]:
+    def prefill() -> Times:
         count = jax.ShapeDtypeStruct((1,), jnp.int32)
         last = jax.ShapeDtypeStruct((1, config.width), jnp.dtype(dtype))
         return timed_compile(engine.prefill_chunk, decoder(), ids, count, cache(), last)
 
-    def decode() -> dict[str, float]:
+    def decode() -> Times:
         one = jax.ShapeDtypeStruct((1,), jnp.int32)
         state = engine.State(cache(), one, one, jax.ShapeDtypeStruct((1,), jnp.bool_), None)
         rows = jax.eval_shape(lambda: sampling.sampler([SamplingParams(seed=0)], config.vocab_size))
@@ -114,7 +119,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    command = argparse.ArgumentParser(prog="python -m benchmarks.compile_time", description=__doc__.splitlines()[0])
+    command = argparse.ArgumentParser(prog="python -m benchmarks.compile_time", description=ABOUT)
     command.add_argument("--model", choices=CONFIGS, default="gemma-3-27b")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     command.add_argument("--tokens", type=int, default=engine.PREFILL_CHUNK, help="tokens of the chunk (default: 512)")

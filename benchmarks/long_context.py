@@ -16,6 +16,8 @@ from benchmarks import machine, tables
 from benchmarks.protocol import PeerError, Worker
 from benchmarks.registry import DEFAULT_WORK, US, chosen
 
+ABOUT = "What a long prompt costs: time and peak memory by length, each in a fresh process."
+
 MIB = 2**20
 LENGTHS = (8192, 16_384, 32_768)
 
@@ -70,7 +72,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    command = argparse.ArgumentParser(prog="python -m benchmarks.long_context", description=__doc__.splitlines()[0])
+    command = argparse.ArgumentParser(prog="python -m benchmarks.long_context", description=ABOUT)
     command.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of each prompt")
     command.add_argument("--model", default=str(DEFAULT_WORK / "demo.gguf"), help="weights of the 270M")
     command.add_argument("--threads", type=int, default=2)

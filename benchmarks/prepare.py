@@ -23,6 +23,8 @@ import numpy as np
 from benchmarks.protocol import ROOT
 from benchmarks.registry import DEFAULT_WORK, chosen, python_of
 
+ABOUT = "Makes, from one GGUF, the same weights in every peer's format."
+
 HF_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -146,7 +148,7 @@ def write_deepmind(work: Path) -> str | None:
 
 
 def main() -> int:
-    command = argparse.ArgumentParser(prog="python -m benchmarks.prepare", description=__doc__.splitlines()[0])
+    command = argparse.ArgumentParser(prog="python -m benchmarks.prepare", description=ABOUT)
     command.add_argument("--gguf", type=Path, help="the weights (default: those of the demo extra)")
     command.add_argument("--work", type=Path, default=DEFAULT_WORK, help="folder to fill")
     arguments = command.parse_args()

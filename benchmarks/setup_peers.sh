@@ -28,7 +28,7 @@ deepmind() {  # wants Python 3.12. Its tools for agents and clusters (fastmcp, x
   .venvs/deepmind/bin/python -m pip install --quiet --no-deps gemma==4.0.1 kauldron==1.4.4
   .venvs/deepmind/bin/python -m pip install --quiet \
     jax==0.10.2 flax==0.12.8 orbax-checkpoint==0.12.8 'etils[edc,enp,epath,epy,etree]' einops grain jaxtyping \
-    sentencepiece treescope chex clu immutabledict lark ml_collections optax typeguard tqdm absl-py dialog safetensors \
+    sentencepiece==0.2.1 treescope chex clu immutabledict lark ml_collections optax typeguard tqdm absl-py dialog safetensors \
     mediapy tabulate 'protobuf<7' tensorflow-cpu tensorboard tensorflow_datasets pandas scikit-learn scikit-image \
     altair graphviz opencv-python-headless
 }

@@ -1,9 +1,9 @@
 """Ourselves, as a user has us: `gj.load`, then the engine behind `Gemma.generate`."""
 
+from importlib.metadata import version
 from typing import Any
 
 import jax
-import jaxlib
 
 import gemma_jax as gj
 from gemma_jax.generate.engine import Session
@@ -12,7 +12,7 @@ from gemma_jax.generate.sampling import SamplingParams
 
 class Peer:
     def versions(self) -> dict[str, str]:
-        return {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+        return {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
 
     def load(self, model: str, threads: int) -> None:
         """`threads` is heeded by XLA through the process's CPU affinity."""
