@@ -3,6 +3,7 @@
 Its cache gets exactly the length that is needed, not the sampler's default of 4096, which would cost it time.
 """
 
+import dataclasses
 from importlib.metadata import version
 from typing import Any
 
@@ -55,4 +56,9 @@ class Peer:
         return self._draw(loop, state, new_tokens + 1).predicted_tokens.tolist()
 
     def _draw(self, loop: Any, state: Any, until: int) -> Any:
-        return loop.sample(params=self.params, init_state=state, max_new_tokens=jnp.asarray(until))
+        """Runs the loop until `until` tokens are drawn.
+
+        At its end the loop hides the places after the last token from the next turn; here the same turn goes on.
+        """
+        after = loop.sample(params=self.params, init_state=state, max_new_tokens=jnp.asarray(until))
+        return dataclasses.replace(after, full_attention_mask=state.full_attention_mask)
