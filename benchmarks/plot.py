@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.registry import US
 from benchmarks.summary import figures_of
+from benchmarks.tables import number
 
 OURS, THEIRS = "#1a73e8", "#9aa0a6"
 
@@ -31,10 +32,10 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         values = [table[peer][figure.key] for peer in peers]
         colours = [OURS if peer == US else THEIRS for peer in peers]
         bars = panel.barh([result["labels"].get(peer, peer) for peer in peers], values, color=colours)
-        panel.bar_label(bars, fmt="%.3g", padding=2)
+        panel.bar_label(bars, labels=[number(value) for value in values], padding=2)
         panel.invert_yaxis()
-        panel.margins(x=0.2)
-        panel.set_title(figure.label + (" (more is better)" if figure.is_better_high else " (less is better)"), size=9)
+        panel.margins(x=0.25)
+        panel.set_title(figure.label + ("\nmore is better" if figure.is_better_high else "\nless is better"), size=9)
     page.tight_layout()
     page.savefig(path, dpi=120)
     pyplot.close(page)
