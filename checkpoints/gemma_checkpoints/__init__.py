@@ -1,0 +1,23 @@
+"""Checkpoints of Gemma models: readers of files and tables of names. Knows numpy, no model code."""
+
+import os
+from pathlib import Path
+
+from gemma_checkpoints.gguf import GGUFReader
+from gemma_checkpoints.reader import CheckpointError, Reader, TensorInfo
+from gemma_checkpoints.safetensors import SafetensorsReader
+
+__all__ = ["CheckpointError", "GGUFReader", "Reader", "SafetensorsReader", "TensorInfo", "open"]
+
+
+def open(path: str | os.PathLike) -> Reader:
+    """The reader for a folder with *.safetensors, a .safetensors file or a .gguf file.
+
+    Raises: FileNotFoundError; CheckpointError for anything else or a damaged file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if path.is_dir() or path.suffix == ".safetensors":
+        return SafetensorsReader(path)
+    return GGUFReader(path)

@@ -1,0 +1,111 @@
+"""What every checkpoint format gives: metadata, a list of tensors, and each tensor decoded where the caller wants it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from gemma_checkpoints.encodings import Encoding
+
+PIECE_BYTES = 1 << 20  # decoded at once: fits a core's cache, so that writing it transposed is cheap too
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, incomplete, or does not hold what was asked for."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor. `shape` is in numpy's order, the last dimension contiguous."""
+
+    name: str
+    shape: tuple[int, ...]
+    encoding: Encoding
+    file: Path
+    offset: int  # of the first byte in the file
+    nbytes: int  # as stored
+
+    @property
+    def dtype(self) -> str:
+        """The name of the stored type, such as F32 or Q4_K."""
+        return self.encoding.name
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return int(np.prod(self.shape, dtype=object))
+
+
+class Reader:
+    """An open checkpoint; a context manager. Formats differ only in how they find `metadata` and `tensors`.
+
+    Files are read by position, never mapped: a file that shrinks gives an error and not a bus error.
+    """
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]):
+        self.path, self.metadata, self.tensors = path, metadata, tensors
+        self._open: dict[Path, int] = {}
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files; reading opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def read(self, name: str, dtype: Any = np.float32, out: np.ndarray | None = None) -> np.ndarray:
+        """Decodes one tensor, at most about a MiB at a time.
+
+        Args:
+            name: one of `tensors`.
+            dtype: of the result when `out` is None.
+            out: where to write, of any dtype and strides, in the shape of the tensor; fewer rows (first dimension)
+                take the tensor's first ones.
+
+        Raises: CheckpointError if there is no such tensor or the file is too short; ValueError for a wrong `out`.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}")
+        info = self.tensors[name]
+        out = np.empty(info.shape, dtype) if out is None else out
+        if out.shape[1:] != info.shape[1:] or out.shape[:1] > info.shape[:1]:
+            raise ValueError(f"out has shape {out.shape}; {name} has {info.shape}")
+        if not info.shape:
+            out[...] = self._piece(info, 0, 1)[0]
+            return out
+        columns = info.shape[-1]
+        rows_each = max(1, PIECE_BYTES // (4 * columns))
+        matrices = np.ndindex(out.shape[:-2])
+        for at, index in enumerate(matrices):
+            matrix = out[index] if out.ndim > 1 else out[None]
+            first = at * matrix.shape[0]
+            for row in range(0, matrix.shape[0], rows_each):
+                stop = min(row + rows_each, matrix.shape[0])
+                values = self._piece(info, (first + row) * columns, (first + stop) * columns)
+                matrix[row:stop] = values.reshape(-1, columns)
+        return out
+
+    def _piece(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
+        block, size = info.encoding.block, info.encoding.size
+        raw = self._bytes(info, info.offset + start // block * size, (stop - start) // block * size)
+        return info.encoding.decode(np.frombuffer(raw, np.uint8).reshape(-1, size)).reshape(-1)
+
+    def _bytes(self, info: TensorInfo, offset: int, count: int) -> bytes:
+        if info.file not in self._open:
+            self._open[info.file] = os.open(info.file, os.O_RDONLY)
+        parts = []
+        while count > 0:
+            part = os.pread(self._open[info.file], count, offset)
+            if not part:
+                raise CheckpointError(f"{info.file} ends inside tensor {info.name!r}: it was cut off; get it anew")
+            parts.append(part)
+            offset, count = offset + len(part), count - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
