@@ -29,7 +29,7 @@ _PUBLIC = {
     "load": "loading",
 }
 
-__all__ = [  # noqa: RUF022
+__all__ = [
     "ChatError", "Completion", "ConfigError", "Decoder", "DecoderConfig", "Gemma", "Piece", "SamplingParams",
     "Tokenizer", "load",
 ]  # fmt: skip

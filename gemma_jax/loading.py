@@ -9,14 +9,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import gemma_checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from gemma_checkpoints import CheckpointError, Reader, names
 from tqdm import tqdm
 
+import gemma_checkpoints
+from gemma_checkpoints import CheckpointError, Reader, names
 from gemma_jax import configs
 from gemma_jax.configs import overrides as config_overrides
 from gemma_jax.configs.config import DecoderConfig
@@ -137,14 +137,10 @@ def read_weights(
     table_dims = "D V" if jax.default_backend() == "cpu" else "V D"
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, table_dims=table_dims))
     wanted = parameters(model)
-    attention = config.attention
-    table = names.gemma3(
-        source=_reading(reader)[0],
-        num_layers=config.num_layers,
-        num_heads=attention.num_heads,
-        num_kv_heads=attention.num_kv_heads,
-        head_dim=attention.head_dim,
-        has_qk_norm=attention.has_qk_norm,
+    table = names.decoder(
+        _reading(reader)[0],
+        config.num_layers,
+        has_qk_norm=config.attention.has_qk_norm,
         has_post_norms=config.norm.has_post_norms,
         has_tied_head=config.has_tied_head,
     )

@@ -85,9 +85,7 @@ class Gemma:
         """`chat` as a stream of pieces."""
         return self.stream(*self._chat_prompt(messages, sampling), **self._chat_sampling(sampling))
 
-    def logits(
-        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None
-    ) -> Float[Array, "B T V"]:
+    def logits(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
         """Unnormalised log-probabilities of the next token after every token, float32.
 
         `mask` is False at padding, left or right; what stands at padding has no meaning. B*T*V*4 bytes are needed.
@@ -136,7 +134,9 @@ class Gemma:
             raise ValueError("stop texts need a tokenizer, and this model was loaded without one")
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
         if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds were given for {len(prompts)} prompts; give one each, or a single one")
+            raise ValueError(
+                f"{len(seeds)} seeds were given for {len(prompts)} prompts; give one each, or a single one"
+            )
         rows = [dataclasses.replace(params, seed=one) for one in seeds]
         return Session(self.model, [self._ids(prompt) for prompt in prompts], rows, self.stop_ids)
 

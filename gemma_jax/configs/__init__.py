@@ -1,1 +1,5 @@
-"""Architectures as data. Start with `get("gemma-3-270m")`."""
+"""Architectures as data: see `config.py` for what can vary, `gemma3.py` for what was published."""
+
+from gemma_jax.configs.registry import get, names
+
+__all__ = ["get", "names"]

@@ -5,6 +5,8 @@ An ablation is `config.replace("attention.local.window", 256)`. Nothing here imp
 
 import dataclasses
 import math
+import types
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -150,7 +152,19 @@ def _replaced(node: Any, keys: list[str], value: Any, path: str) -> Any:
     name = key if key in names else f"{key}_"
     if name not in names:
         raise ConfigError(f"{path!r}: {type(node).__name__} has no field {key!r}; it has {', '.join(names)}")
+    if not rest:
+        _check_type(type(node), name, value, path)
     return dataclasses.replace(node, **{name: _replaced(getattr(node, name), rest, value, path)})
+
+
+def _check_type(owner: type, name: str, value: Any, path: str) -> None:
+    wanted = next(field.type for field in dataclasses.fields(owner) if field.name == name)
+    kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    kinds = tuple(typing.get_origin(kind) or kind for kind in kinds)
+    is_number = isinstance(value, int) and not isinstance(value, bool) and float in kinds
+    if not is_number and type(value) not in kinds:
+        names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ConfigError(f"{path!r} is set to {value!r}, {type(value).__name__}; wanted {names}")
 
 
 def _layer_index(key: str, length: int, path: str) -> int:

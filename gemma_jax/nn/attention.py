@@ -76,7 +76,12 @@ class Look:
         self.window, self.is_causal, self.cap = kind.window, is_causal, cap
 
     def at(
-        self, q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], query: Places, key: Places
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B K S H"],
+        v: Float[Array, "B K S H"],
+        query: Places,
+        key: Places,
     ) -> Float[Array, "B T N H"]:
         """Softmax over all S keys, for at most BLOCK queries at a time, so that no [T, S] is held for a long T."""
         length = q.shape[1]
@@ -124,7 +129,9 @@ class Look:
             new_peak = jnp.maximum(peak, jnp.max(logits, axis=-1))
             weights = jnp.where(mask, jnp.exp(logits - new_peak[..., None]), 0.0)
             fade = jnp.exp(peak - new_peak)
-            values = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
+            values = jnp.einsum(
+                "BKGTS,BKSH->BKGTH", weights.astype(v.dtype), values, preferred_element_type=jnp.float32
+            )
             return new_peak, total * fade + jnp.sum(weights, axis=-1), out * fade[..., None] + values
 
         start = (jnp.full(heads, MASKED), jnp.zeros(heads), jnp.zeros((*heads, width)))

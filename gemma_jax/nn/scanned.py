@@ -31,7 +31,9 @@ class Turn(nnx.Module):
     def __init__(self, layers: list[Layer]):
         self.layers = nnx.List(layers)
 
-    def __call__(self, x: Float[Array, "B T D"], where: Places) -> tuple[Float[Array, "B T D"], Float[Array, "P B T D"]]:
+    def __call__(
+        self, x: Float[Array, "B T D"], where: Places
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "P B T D"]]:
         states = []
         for layer in self.layers:
             x, _ = layer(x, where)

@@ -28,10 +28,43 @@ class PieceType(IntEnum):
 
 PAD, EOS, BOS, UNKNOWN, END_OF_TURN = "<pad>", "<eos>", "<bos>", "<unk>", "<end_of_turn>"
 
-_HTML_TAGS = (
-    "table caption thead tbody tfoot tr th td h1 h2 h3 h4 h5 h6 blockquote strong em b i u s sub sup code "
-    "a html body img span bbox ul li div iframe footer"
-).split()
+_HTML_TAGS = [
+    "table",
+    "caption",
+    "thead",
+    "tbody",
+    "tfoot",
+    "tr",
+    "th",
+    "td",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "blockquote",
+    "strong",
+    "em",
+    "b",
+    "i",
+    "u",
+    "s",
+    "sub",
+    "sup",
+    "code",
+    "a",
+    "html",
+    "body",
+    "img",
+    "span",
+    "bbox",
+    "ul",
+    "li",
+    "div",
+    "iframe",
+    "footer",
+]
 # User-defined pieces that are ordinary text: runs of one white space character, and the HTML tags of ids 168..237.
 # Everything else user-defined counts as control, so that a piece nobody thought of is closed to user text, not open.
 _TEXT_PIECE = re.compile(rf"\n+|\t+|{SPACE}+|</?(?:{'|'.join(_HTML_TAGS)})>")
@@ -145,7 +178,9 @@ def serialise(vocabulary: Vocabulary, unmatched: Iterable[int] = ()) -> bytes:
     ends = character[np.cumsum(np.fromiter(map(len, vocabulary.pieces), np.int64, len(vocabulary.pieces)))]
     lengths = np.diff(ends, prepend=0)
     if lengths.max(initial=0) > _LONGEST_PIECE:
-        raise TokenizerError(f"a piece of {lengths.max()} bytes; the longest SentencePiece takes here is {_LONGEST_PIECE}")
+        raise TokenizerError(
+            f"a piece of {lengths.max()} bytes; the longest SentencePiece takes here is {_LONGEST_PIECE}"
+        )
     types = vocabulary.types.copy()
     types[list(unmatched)] = PieceType.UNUSED
     head, tail = 6, 7  # bytes before and after each text

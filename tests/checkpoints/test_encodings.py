@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from gemma_checkpoints.encodings import GGML
 
 gguf = pytest.importorskip("gguf", reason="the parity extra brings the oracle")

@@ -1,0 +1,76 @@
+"""A decoder's config from the metadata of a GGUF file."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from gemma_jax.configs.config import AttentionConfig, AttentionKind, ConfigError, DecoderConfig, LayerSpec, NormConfig
+from gemma_jax.configs.gemma3 import PERIOD
+
+ARCHITECTURES = ("gemma3", "gemma2", "gemma")
+LOCAL_THETA = 10_000.0  # not in the files
+# The largest models scale queries by width / heads, not by the head's width; files do not say it, llama.cpp knows the
+# models by their number of layers.
+SCALED_BY_WIDTH = {("gemma3", 62), ("gemma2", 46)}
+
+
+def from_gguf(metadata: Mapping[str, Any], name: str = "gguf") -> DecoderConfig:
+    """The decoder that the key/values of a GGUF file describe.
+
+    Raises ConfigError for another architecture and for keys that are missing.
+    """
+    family = metadata.get("general.architecture")
+    if family not in ARCHITECTURES:
+        raise ConfigError(f"general.architecture is {family!r}; can be read: {', '.join(ARCHITECTURES)}")
+
+    def key(suffix: str, *default: Any) -> Any:
+        if f"{family}.{suffix}" not in metadata and not default:
+            raise ConfigError(f"the GGUF metadata has no {family}.{suffix}")
+        return metadata.get(f"{family}.{suffix}", *default)
+
+    width, num_layers, num_heads = key("embedding_length"), key("block_count"), key("attention.head_count")
+    head_dim, turn = key("attention.key_length"), {"gemma3": PERIOD, "gemma2": 2, "gemma": 1}[family]
+    theta = key("rope.freq_base", 1_000_000.0 if family == "gemma3" else LOCAL_THETA)
+    is_by_width = (family, num_layers) in SCALED_BY_WIDTH
+    return DecoderConfig(
+        name=name,
+        vocab_size=_vocab_size(metadata, family),
+        width=width,
+        context=key("context_length"),
+        attention=AttentionConfig(
+            num_heads=num_heads,
+            num_kv_heads=key("attention.head_count_kv", num_heads),
+            head_dim=head_dim,
+            query_pre_attn_scalar=width / num_heads if is_by_width else float(head_dim),
+            local=AttentionKind(
+                window=key("attention.sliding_window", 4096 if family == "gemma2" else None),
+                rope_theta=key("rope.freq_base_swa", LOCAL_THETA),
+            ),
+            global_=AttentionKind(window=None, rope_theta=theta, rope_scale=key("rope.scaling.factor", 1.0)),
+            has_qk_norm=family == "gemma3",
+            softcap=key("attn_logit_softcapping", 50.0) if family == "gemma2" else None,
+        ),
+        layers=_layers(num_layers, key("feed_forward_length"), turn),
+        period=turn,
+        norm=NormConfig(epsilon=_short(key("attention.layer_norm_rms_epsilon")), has_post_norms=family != "gemma"),
+        final_softcap=key("final_logit_softcapping", 30.0 if family == "gemma2" else None),
+    )
+
+
+def _vocab_size(metadata: Mapping[str, Any], family: str) -> int:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    size = len(tokens) if tokens is not None else metadata.get(f"{family}.vocab_size")
+    if size is None:
+        raise ConfigError(f"the GGUF metadata has neither tokenizer.ggml.tokens nor {family}.vocab_size")
+    return size
+
+
+def _layers(num_layers: int, ffw_width: Any, turn: int) -> tuple[LayerSpec, ...]:
+    widths = [ffw_width] * num_layers if isinstance(ffw_width, int) else [int(width) for width in ffw_width]
+    if len(widths) != num_layers:
+        raise ConfigError(f"feed_forward_length has {len(widths)} values for {num_layers} layers")
+    return tuple(LayerSpec(is_local=(i + 1) % turn != 0, ffw_width=width) for i, width in enumerate(widths))
+
+
+def _short(value: float) -> float:
+    """A float32 written as the decimal number it was meant to be: 9.999999974752427e-07 is 1e-06."""
+    return float(f"{value:.7g}")

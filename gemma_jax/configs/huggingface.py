@@ -1,0 +1,140 @@
+"""A decoder's config from Hugging Face's config.json, in the dialects of transformers 4 and 5."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from gemma_jax.configs.config import AttentionConfig, AttentionKind, ConfigError, DecoderConfig, LayerSpec, NormConfig
+from gemma_jax.configs.gemma3 import PERIOD
+
+VOCAB_SIZE, PADDED_VOCAB_SIZE = 262_144, 262_208  # multimodal files pad the table by 64 rows that stand for no token
+ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu", "relu": "relu"}
+
+# What files leave out: defaults of transformers' config classes (gemma3.md, 1.3).
+_COMMON = {"head_dim": 256, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "query_pre_attn_scalar": 256}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        **_COMMON,
+        "vocab_size": PADDED_VOCAB_SIZE,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 4096,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+    },
+    "gemma2": {
+        **_COMMON,
+        "vocab_size": 256_000,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 8192,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gemma": {
+        **_COMMON,
+        "vocab_size": 256_000,
+        "hidden_size": 3072,
+        "intermediate_size": 24_576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 8192,
+    },
+}
+
+
+def from_huggingface(data: Mapping[str, Any], name: str = "huggingface") -> DecoderConfig:
+    """The decoder that a parsed config.json describes; of a multimodal model (`gemma3`) its text part.
+
+    Raises ConfigError for another model_type, or settings that this decoder does not have.
+    """
+    family = data.get("model_type")
+    if family == "gemma3":
+        data, family = {**data, **data.get("text_config", {})}, "gemma3_text"
+    if family not in _DEFAULTS:
+        raise ConfigError(f"model_type is {family!r}; can be read: gemma3, {', '.join(_DEFAULTS)}")
+    values = {**_DEFAULTS[family], **data}
+    if values.get("attention_bias"):
+        raise ConfigError("attention_bias is true; Gemma's decoders have no biases")
+    is_local = _pattern(values, family)
+    vocab_size = VOCAB_SIZE if values["vocab_size"] == PADDED_VOCAB_SIZE else values["vocab_size"]
+    return DecoderConfig(
+        name=name,
+        vocab_size=vocab_size,
+        width=values["hidden_size"],
+        context=values["max_position_embeddings"],
+        attention=_attention(values, family),
+        layers=tuple(LayerSpec(is_local=local, ffw_width=values["intermediate_size"]) for local in is_local),
+        period=_period(is_local),
+        norm=NormConfig(epsilon=values["rms_norm_eps"], has_post_norms=family != "gemma"),
+        activation=_activation(values, family),
+        has_tied_head=values.get("tie_word_embeddings", True),
+        final_softcap=values.get("final_logit_softcapping"),
+    )
+
+
+def _activation(values: Mapping[str, Any], family: str) -> str:
+    # Gemma 1's files say "gelu" and mean the tanh form, which the newer key names
+    name = values.get("hidden_activation") or ("gelu_pytorch_tanh" if family == "gemma" else None)
+    name = name or values.get("hidden_act") or "gelu_pytorch_tanh"
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"hidden_activation is {name!r}; can be read: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def _pattern(values: Mapping[str, Any], family: str) -> list[bool]:
+    """For each layer whether it is local."""
+    count = values["num_hidden_layers"]
+    if family == "gemma":
+        return [False] * count
+    kinds = values.get("layer_types")
+    if kinds is None:
+        turn = values.get("sliding_window_pattern") or values.get("_sliding_window_pattern")
+        turn = turn or (PERIOD if family == "gemma3_text" else 2)
+        return [(i + 1) % turn != 0 for i in range(count)]
+    if len(kinds) != count or set(kinds) - {"sliding_attention", "full_attention"}:
+        raise ConfigError(f"layer_types is {kinds!r}; wanted sliding_attention or full_attention for {count} layers")
+    return [kind == "sliding_attention" for kind in kinds]
+
+
+def _period(is_local: list[bool]) -> int:
+    """The shortest turn that repeats through all layers."""
+    count = len(is_local)
+    return next(n for n in range(1, count + 1) if all(is_local[i] == is_local[i % n] for i in range(count)))
+
+
+def _attention(values: Mapping[str, Any], family: str) -> AttentionConfig:
+    local_base = values.get("rope_local_base_freq", values["rope_theta"])
+    old = values.get("rope_scaling") or {}
+    ropes = values.get("rope_parameters") or {}
+    is_split = "full_attention" in ropes or "sliding_attention" in ropes
+    everywhere = {} if is_split else ropes
+    global_theta, global_scale = _rope(ropes.get("full_attention", everywhere) or old, values["rope_theta"])
+    local_theta, local_scale = _rope(ropes.get("sliding_attention", everywhere), local_base)
+    return AttentionConfig(
+        num_heads=values["num_attention_heads"],
+        num_kv_heads=values["num_key_value_heads"],
+        head_dim=values["head_dim"],
+        query_pre_attn_scalar=values["head_dim"] if family == "gemma" else values["query_pre_attn_scalar"],
+        local=AttentionKind(window=values.get("sliding_window"), rope_theta=local_theta, rope_scale=local_scale),
+        global_=AttentionKind(window=None, rope_theta=global_theta, rope_scale=global_scale),
+        has_qk_norm=family == "gemma3_text",
+        softcap=values.get("attn_logit_softcapping"),
+        is_causal=not values.get("use_bidirectional_attention"),
+    )
+
+
+def _rope(rope: Mapping[str, Any], theta: float) -> tuple[float, float]:
+    """Base and divisor of positions."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear"):
+        raise ConfigError(f"rope_type is {kind!r}; Gemma uses default and linear")
+    return rope.get("rope_theta", theta), rope.get("factor", 1.0) if kind == "linear" else 1.0
