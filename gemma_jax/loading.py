@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def load(
     *,
     dtype: str = "auto",
     sharding: Placement | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] | None = None,
     progress: bool | None = None,
 ) -> Gemma:
     """Loads a model from the name of installed weights, a Hugging Face folder (safetensors) or a .gguf file.
@@ -144,7 +144,7 @@ def read_weights(
         has_post_norms=config.norm.has_post_norms,
         has_tied_head=config.has_tied_head,
     )
-    shapes = {path: _canonical(param.get_raw_value(), param).shape for path, param in wanted.items()}
+    shapes = {path: _canonical_shape(param) for path, param in wanted.items()}
     buffers: dict[str, np.ndarray] = {}
 
     def destination(path: str) -> np.ndarray:
@@ -157,9 +157,14 @@ def read_weights(
     return model
 
 
-def _canonical(array: Any, param: nnx.Param) -> Any:
+def _canonical(array: np.ndarray, param: nnx.Param) -> np.ndarray:
     """A weight with its dimensions in the canonical order; only token tables ("D V") differ from it."""
     return array.T if param.get_metadata("dims") == "D V" else array
+
+
+def _canonical_shape(param: nnx.Param) -> tuple[int, ...]:
+    shape = param.get_raw_value().shape
+    return shape[::-1] if param.get_metadata("dims") == "D V" else shape
 
 
 def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 Source: docs/gguf.md of github.com/ggml-org/ggml.
 """
 
+import itertools
 import os
 import struct
 from collections.abc import Callable
@@ -77,8 +78,8 @@ class _Header:
         """Refuses `count` things of at least `each` bytes that cannot be in what is left of the file."""
         if count * each > self.size - self.position:
             raise self.error(
-                f"{what} would need at least {count * each} bytes at {self.position}, but the file has {self.size}: it is "
-                "damaged or was cut off"
+                f"{what} would need at least {count * each} bytes at {self.position}, but the file has {self.size}: it "
+                "is damaged or was cut off"
             )
 
     def take(self, count: int, what: str) -> bytes:
@@ -104,9 +105,10 @@ class _Header:
 
     def begin(self) -> int:
         """Checks magic and version; the number of tensors."""
-        if self.size < 24 or (magic := self.take(4, "the magic number")) != MAGIC:
-            found = repr(magic) if self.size >= 24 else f"only {self.size} bytes"
-            raise self.error(f"this is not a GGUF file: it should begin with {MAGIC!r}, but has {found}")
+        magic = self.take(4, "the magic number") if self.size >= 24 else b""
+        if magic != MAGIC:
+            found = f"begins with {magic!r}" if magic else f"has only {self.size} bytes"
+            raise self.error(f"this is not a GGUF file: such a file begins with {MAGIC!r}, this one {found}")
         version = self.integer(4, "the version")
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
@@ -194,13 +196,13 @@ class _Header:
             raise self.error(f"tensor {name!r} begins at {offset}, which is no multiple of the alignment {alignment}")
         if start + offset + nbytes > self.size:
             raise self.error(
-                f"tensor {name!r} should end at byte {start + offset + nbytes}, but the file has {self.size}: it was cut "
-                "off; get it anew"
+                f"tensor {name!r} should end at byte {start + offset + nbytes}, but the file has {self.size}: it was "
+                "cut off; get it anew"
             )
         return TensorInfo(name, shape, encoding, self.path, start + offset, nbytes)
 
     def _check_overlaps(self, infos: dict[str, TensorInfo]) -> None:
         ordered = sorted(infos.values(), key=lambda info: info.offset)
-        for before, after in zip(ordered, ordered[1:], strict=False):
+        for before, after in itertools.pairwise(ordered):
             if before.offset + before.nbytes > after.offset:
                 raise self.error(f"tensors {before.name!r} and {after.name!r} overlap")

@@ -21,9 +21,7 @@ class Entry:
 
     path: str
     source: str
-    num_inputs: int | None = (
-        None  # our leading dimensions that are inputs; the file has [out, in]. None: stored as ours
-    )
+    num_inputs: int | None = None  # our leading dimensions that are inputs; files have [out, in]. None: as ours
     offset: float = 0.0  # added to the stored values: GGUF stores 1 + scale
     has_spare_rows: bool = False  # the file may have more rows than we: padding of the vocabulary
 
@@ -138,10 +136,8 @@ def stream(
         shape, naming the file.
     """
     names = _matched(reader, table, shapes)
-    order = sorted(
-        table.entries, key=lambda e: (reader.tensors[names[e.source]].file, reader.tensors[names[e.source]].offset)
-    )
-    for entry in order:
+    infos = {entry: reader.tensors[names[entry.source]] for entry in table.entries}
+    for entry in sorted(infos, key=lambda entry: (infos[entry].file, infos[entry].offset)):
         target = entry.source_view(destination(entry.path))
         if entry.offset:
             target[...] = reader.read(names[entry.source]) + np.float32(entry.offset)

@@ -1,4 +1,4 @@
-"""What every checkpoint format gives: metadata, a list of tensors, and each tensor decoded where the caller wants it."""
+"""What every format gives: metadata, a list of tensors, and each tensor decoded to where the caller wants it."""
 
 import os
 from collections.abc import Mapping

@@ -3,6 +3,7 @@
 Source: github.com/huggingface/safetensors, README, Format.
 """
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -95,7 +96,7 @@ def _header(path: Path) -> dict[str, TensorInfo]:
     entries.pop("__metadata__", None)
     infos = {name: _info(path, name, entry, 8 + length, size) for name, entry in entries.items()}
     ordered = sorted(infos.values(), key=lambda info: info.offset)
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in itertools.pairwise(ordered):
         if before.offset + before.nbytes > after.offset:
             raise CheckpointError(f"{path}: tensors {before.name!r} and {after.name!r} overlap")
     return infos

@@ -33,7 +33,7 @@ def encode_chat(
     ids = [tokenizer.bos_id]
     for role, content in _turns(messages):
         ids += [start, *tokenizer.encode(f"{role}\n{content}", bos=False), end, *tokenizer.encode("\n", bos=False)]
-    return ids + [start, *tokenizer.encode("model\n", bos=False)] if add_generation_prompt else ids
+    return [*ids, start, *tokenizer.encode("model\n", bos=False)] if add_generation_prompt else ids
 
 
 def _turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
@@ -46,7 +46,7 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     if len(messages) == first:
         raise ChatError("there is only a system message; a user message must follow")
     for i, message in enumerate(messages[first:]):
-        role = ROLES.get(_role(message, first + i))
+        role = ROLES.get(_role(message, first + i), "system")
         wanted = ("user", "model")[i % 2]
         if role != wanted:
             raise ChatError(

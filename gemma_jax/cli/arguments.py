@@ -1,0 +1,70 @@
+"""Options that several verbs share, and what they mean."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemma_jax.model import Gemma
+
+DEFAULT_MODEL = "gemma-3-270m"
+
+
+def verb(verbs: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    """A verb's parser with the options that all have."""
+    parser = verbs.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print JSON for machines")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="PATH=VALUE",
+        help="change the config, for example attention.local.window=256; may be repeated",
+    )
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Options of verbs that load weights."""
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help=f"a .gguf file, a folder with *.safetensors, or {DEFAULT_MODEL} (default; weights of the demo extra)",
+    )
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--no-compilation-cache", action="store_true", help="compile every program anew")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Options of generation; those left out keep the verb's defaults."""
+    parser.add_argument("-n", "--max-new-tokens", type=int, metavar="N")
+    parser.add_argument("-t", "--temperature", type=float, help="0: always the most likely token")
+    parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--min-p", type=float, metavar="P")
+    parser.add_argument("--repetition-penalty", type=float, metavar="R")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer; may be repeated")
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """The sampling parameters that were given."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def load(options: argparse.Namespace) -> "Gemma":
+    """The model of the options. Sampling options are checked first: a typing error should not cost a load."""
+    from gemma_jax.model import sampling_params
+
+    if hasattr(options, "temperature"):
+        given = sampling(options)
+        sampling_params(**{**given, "stop": tuple(given.get("stop", ()))})
+    from gemma_jax.compilation import enable_compilation_cache
+    from gemma_jax.loading import load
+
+    if not options.no_compilation_cache:
+        enable_compilation_cache()
+    return load(options.model, dtype=options.dtype, overrides=options.overrides)

@@ -1,0 +1,52 @@
+"""`gemma-jax chat`: a conversation in the terminal."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from gemma_jax.cli import arguments
+
+HELP = "/reset begins anew, /quit (or end of input) ends."
+
+
+def add_parser(verbs: Any) -> None:
+    """The verb's options."""
+    parser = arguments.verb(verbs, "chat", run, f"Talk with an instruction-tuned model. {HELP}")
+    arguments.add_model(parser)
+    arguments.add_sampling(parser)
+    parser.add_argument("--system", metavar="TEXT", help="instructions put in front of the first message")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Reads a line, streams the answer, keeps both; with --json one object a line for each answer."""
+    gemma = arguments.load(options)
+    sampling = arguments.sampling(options)
+    is_terminal = sys.stdin.isatty()
+    beginning = [{"role": "system", "content": options.system}] if options.system else []
+    messages = list(beginning)
+    if is_terminal:
+        print(HELP)
+    while (line := _line(is_terminal)) is not None and line != "/quit":
+        if line == "/reset":
+            messages = list(beginning)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            messages.append({"role": "assistant", "content": _answer(gemma, messages, sampling, options.json)})
+
+
+def _line(is_terminal: bool) -> str | None:
+    if is_terminal:
+        print("> ", end="", flush=True)
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+def _answer(gemma: Any, messages: list[dict[str, str]], sampling: dict[str, Any], as_json: bool) -> str:
+    text, reason = "", None
+    for piece in gemma.stream_chat(messages, **sampling):
+        text, reason = text + piece.text, piece.finish_reason
+        if not as_json:
+            print(piece.text, end="", flush=True)
+    print(json.dumps({"text": text, "finish_reason": reason}, ensure_ascii=False) if as_json else "", flush=True)
+    return text

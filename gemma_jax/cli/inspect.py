@@ -1,0 +1,85 @@
+"""`gemma-jax inspect`: what a model or file is, without loading weights."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from gemma_jax.cli import arguments
+
+
+def add_parser(verbs: Any) -> None:
+    """The verb's options."""
+    parser = arguments.verb(verbs, "inspect", run, "Config, parameters, cache size; of a file also its tensors.")
+    parser.add_argument("source", help="a model's name, a .gguf file or a folder with *.safetensors")
+    parser.add_argument("--context", type=int, metavar="T", help="tokens the cache is for (default: all)")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows the cache is for")
+    parser.add_argument("--cache-dtype", default="bfloat16", choices=("float32", "bfloat16"))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints a report."""
+    report = _report(options)
+    if options.json:
+        print(json.dumps(report))
+        return
+    print(json.dumps(report["config"], indent=2))
+    for part, count in report["parameters"].items():
+        print(f"{count:>16,}  {part}")
+    print(
+        f"{report['cache_bytes']:>16,}  bytes of {options.cache_dtype} cache, {options.batch} x {report['context']} tokens"
+    )
+    for tensor in report.get("tensors", ()):
+        print(f"{tensor['nbytes']:>12,}  {tensor['dtype']:8} {tensor['shape']!s:16} {tensor['name']}")
+
+
+def _report(options: argparse.Namespace) -> dict[str, Any]:
+    import gemma_checkpoints
+    from gemma_jax import configs
+    from gemma_jax.configs import overrides
+    from gemma_jax.loading import read_config
+    from gemma_jax.nn.cache import cache_bytes
+
+    path, tensors = Path(options.source), None
+    if path.exists():
+        with gemma_checkpoints.open(path) as reader:
+            config = read_config(reader, path)
+            tensors = [
+                {"name": info.name, "shape": info.shape, "dtype": info.dtype, "nbytes": info.nbytes}
+                for info in reader.tensors.values()
+            ]
+    elif path.suffix or len(path.parts) > 2:
+        raise FileNotFoundError(f"{options.source} does not exist")
+    else:
+        config = configs.get(options.source)
+    config = overrides.apply(config, options.overrides)
+    context = config.context if options.context is None else options.context
+    if not 1 <= context <= config.context or options.batch < 1:
+        raise ValueError(
+            f"context {context} and batch {options.batch}: wanted 1 to {config.context} tokens and at least one row"
+        )
+    report = {
+        "config": dataclasses.asdict(config),
+        "parameters": _parameters(config),
+        "context": context,
+        "cache_bytes": cache_bytes(config, options.batch, context, options.cache_dtype),
+    }
+    return report if tensors is None else {**report, "tensors": tensors}
+
+
+def _parameters(config: Any) -> dict[str, int]:
+    from collections import Counter
+
+    from flax import nnx
+
+    from gemma_jax.nn.decoder import Decoder
+    from gemma_jax.nn.paths import parameters
+
+    counts: Counter[str] = Counter()
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    for path, param in parameters(model).items():
+        parts = path.split("/")
+        part = parts[0] if not parts[0].startswith("layers_") else "norms" if "norm" in path else f"layers/{parts[1]}"
+        counts[part] += param.get_raw_value().size
+    return {**counts, "all": sum(counts.values())}

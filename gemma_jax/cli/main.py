@@ -1,0 +1,50 @@
+"""`gemma-jax VERB`. Nothing heavy is imported before a verb runs, so that help comes at once.
+
+Exit codes: 0 done, 1 failed (files, weights), 2 bad usage (arguments, prompts), 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from gemma_jax.cli import chat, generate, inspect, score
+
+VERBS = (generate, chat, score, inspect)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    root = argparse.ArgumentParser("gemma-jax", description="Gemma 3 in JAX and Flax.")
+    verbs = root.add_subparsers(title="verbs", dest="verb", required=True, metavar="VERB")
+    for verb in VERBS:
+        verb.add_parser(verbs)
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # who reads our output has gone; Python would complain once more when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"gemma-jax: error: {error}", file=sys.stderr)
+        return _exit_code(error)
+    return 0
+
+
+def _exit_code(error: Exception) -> int:
+    from gemma_checkpoints import CheckpointError
+
+    is_usage = isinstance(error, ValueError | TypeError) and not isinstance(error, CheckpointError)
+    return 2 if is_usage else 1
