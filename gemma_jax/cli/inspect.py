@@ -27,9 +27,8 @@ def run(options: argparse.Namespace) -> None:
     print(json.dumps(report["config"], indent=2))
     for part, count in report["parameters"].items():
         print(f"{count:>16,}  {part}")
-    print(
-        f"{report['cache_bytes']:>16,}  bytes of {options.cache_dtype} cache, {options.batch} x {report['context']} tokens"
-    )
+    size = f"{options.batch} x {report['context']} tokens"
+    print(f"{report['cache_bytes']:>16,}  bytes of {options.cache_dtype} cache, {size}")
     for tensor in report.get("tensors", ()):
         print(f"{tensor['nbytes']:>12,}  {tensor['dtype']:8} {tensor['shape']!s:16} {tensor['name']}")
 

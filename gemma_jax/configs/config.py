@@ -163,7 +163,7 @@ def _check_type(owner: type, name: str, value: Any, path: str) -> None:
     kinds = tuple(typing.get_origin(kind) or kind for kind in kinds)
     is_number = isinstance(value, int) and not isinstance(value, bool) and float in kinds
     if not is_number and type(value) not in kinds:
-        names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        names = " or ".join("None" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
         raise ConfigError(f"{path!r} is set to {value!r}, {type(value).__name__}; wanted {names}")
 
 
@@ -243,6 +243,6 @@ def _layer_problems(config: DecoderConfig) -> Iterator[str]:
         if not 0 <= source < i:
             yield f"layers.{i}.kv_source is {source}; wanted an earlier layer, 0 to {i - 1}"
         elif config.layers[source].kv_source is not None:
-            yield f"layers.{i}.kv_source is {source}, but layers.{source}.kv_source shows that it has no keys of its own"
+            yield f"layers.{i}.kv_source is {source}, but layer {source} has no keys of its own either"
         elif config.layers[source].is_local != spec.is_local:
             yield f"layers.{i}.kv_source is {source}, but layers.{source}.is_local differs from layers.{i}.is_local"

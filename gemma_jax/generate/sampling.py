@@ -2,8 +2,9 @@
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +58,9 @@ def _whole(name: str, value: object, low: int, high: int | None, hint: str = "")
         raise ValueError(f"{name} is {value}; wanted {bound}{hint}")
 
 
-def _real(name: str, value: object, is_good, wanted: str) -> None:
+def _real(name: str, value: Any, is_good: Callable[[float], bool], wanted: str) -> None:
     is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not is_good(value):
+    if not is_number or not math.isfinite(value) or not is_good(float(value)):
         raise ValueError(f"{name} is {value!r}; wanted a number {wanted}")
 
 

@@ -16,10 +16,11 @@ class StopText:
         if self.is_stopped:
             return ""
         text = self._held + text
-        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        # the stop that is whole first ends the answer: so the cut does not depend on where tokens end
+        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
             self.is_stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = max((_overlap(text, stop) for stop in self.stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

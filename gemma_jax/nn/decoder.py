@@ -95,7 +95,7 @@ class Decoder(Stem):
         return self.final_norm(states[-1]), cache
 
     def hidden_states(self, tokens: Int[Array, "B T"], where: Places) -> Float[Array, "L+1 B T D"]:
-        """The stream before the first layer and after each, the last one after the final norm (Hugging Face's order)."""
+        """The stream before the first layer and after each, the last after the final norm (Hugging Face's order)."""
         states, _ = self._run(self.embed(tokens), where, None)
         return jnp.stack([*states[:-1], self.final_norm(states[-1])])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor
-from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
 from gemma_jax.text.vocabulary import (
     BOS,
@@ -52,7 +52,7 @@ class Tokenizer:
     def from_sentencepiece(cls, model: str | os.PathLike | bytes) -> "Tokenizer":
         """From a tokenizer.model, as a path or its bytes. Raises TokenizerError unless it is a BPE model of Gemma's."""
         data = model if isinstance(model, bytes) else Path(model).read_bytes()
-        proto = sentencepiece_model.ModelProto()
+        proto = ModelProto()
         try:
             proto.ParseFromString(data)
         except DecodeError:

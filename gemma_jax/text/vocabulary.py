@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
-from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character, so that a piece never holds a real space
 
@@ -28,46 +28,13 @@ class PieceType(IntEnum):
 
 PAD, EOS, BOS, UNKNOWN, END_OF_TURN = "<pad>", "<eos>", "<bos>", "<unk>", "<end_of_turn>"
 
-_HTML_TAGS = [
-    "table",
-    "caption",
-    "thead",
-    "tbody",
-    "tfoot",
-    "tr",
-    "th",
-    "td",
-    "h1",
-    "h2",
-    "h3",
-    "h4",
-    "h5",
-    "h6",
-    "blockquote",
-    "strong",
-    "em",
-    "b",
-    "i",
-    "u",
-    "s",
-    "sub",
-    "sup",
-    "code",
-    "a",
-    "html",
-    "body",
-    "img",
-    "span",
-    "bbox",
-    "ul",
-    "li",
-    "div",
-    "iframe",
-    "footer",
-]
+_HTML_TAGS = (
+    "table|caption|thead|tbody|tfoot|tr|th|td|h1|h2|h3|h4|h5|h6|blockquote|strong|em|b|i|u|s|sub|"
+    "sup|code|a|html|body|img|span|bbox|ul|li|div|iframe|footer"
+)
 # User-defined pieces that are ordinary text: runs of one white space character, and the HTML tags of ids 168..237.
 # Everything else user-defined counts as control, so that a piece nobody thought of is closed to user text, not open.
-_TEXT_PIECE = re.compile(rf"\n+|\t+|{SPACE}+|</?(?:{'|'.join(_HTML_TAGS)})>")
+_TEXT_PIECE = re.compile(rf"\n+|\t+|{SPACE}+|</?(?:{_HTML_TAGS})>")
 
 _LONGEST_PIECE = (1 << 14) - 1 - 16  # bytes; `serialise` writes lengths as varints of two bytes
 
@@ -189,7 +156,7 @@ def serialise(vocabulary: Vocabulary, unmatched: Iterable[int] = ()) -> bytes:
     out = np.empty(stops[-1], np.uint8)
     is_text = np.ones(len(out), bool)
     message = lengths + tail + 3
-    columns = [(starts, (0x0A, *_varint(message), 0x0A, *_varint(lengths)))]
+    columns: list[tuple[np.ndarray, tuple]] = [(starts, (0x0A, *_varint(message), 0x0A, *_varint(lengths)))]
     score_bytes = vocabulary.scores.astype("<f4").view(np.uint8).reshape(-1, 4).T
     columns.append((stops - tail, (0x15, *score_bytes, 0x18, types)))
     for first, values in columns:
@@ -205,9 +172,9 @@ def _varint(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (values & 0x7F) | 0x80, values >> 7
 
 
-def _specification(vocabulary: Vocabulary) -> "sentencepiece_model.ModelProto":
+def _specification(vocabulary: Vocabulary) -> ModelProto:
     """Everything but the pieces: BPE, byte fallback, only a space is rewritten (to U+2581), nothing is trimmed."""
-    proto = sentencepiece_model.ModelProto()
+    proto = ModelProto()
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type = trainer.BPE
     trainer.vocab_size = len(vocabulary.pieces)
@@ -231,15 +198,13 @@ def _special_type(piece: str, otherwise: PieceType) -> PieceType:
 def _merge_scores(ids: Mapping[str, int], merges: Iterable) -> np.ndarray:
     """[V] float32: minus the place of the first merge that makes the piece; pieces no merge makes come last."""
     scores = np.full(len(ids), -(2.0**24), np.float32)
-    place = 0
-    for merge in merges:
+    for place, merge in enumerate(merges):
         # older files write a merge as "left right", newer ones as ["left", "right"]
         piece = merge.replace(" ", "", 1) if isinstance(merge, str) else merge[0] + merge[1]
         if (i := ids.get(piece)) is None:
             raise TokenizerError(f"tokenizer.json: merge {place} makes {piece!r}, which is not in model.vocab")
         if scores[i] == -(2.0**24):
             scores[i] = -place
-        place += 1
     return scores
 
 

@@ -17,6 +17,7 @@ def shown(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
         (["END"], "the END of it", "the "),
         (["END"], "ENEND", "EN"),
         (["aab"], "aaaab!", "aa"),
+        (["abab", "ba"], "xababa", "xa"),
         (["\n\n"], "a\nb\n\nc", "a\nb"),
         (["é"], "cafés", "caf"),
         (["yes", "no"], "maybe", "maybe"),
