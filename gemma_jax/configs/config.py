@@ -7,7 +7,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,18 @@ class DecoderConfig:
         `global` may be written for `global_`; `layers.3.ffw_width` changes one layer and `layers.*.ffw_width` all.
         Raises ConfigError when the path names no field, or the result is no possible model.
         """
-        return _replaced(self, path.split("."), value, path)
+        return self.replace_all([(path, value)])
+
+    def replace_all(self, changes: Iterable[tuple[str, Any]]) -> "DecoderConfig":
+        """As `replace` for several changes, made in order; only what results in the end must be a possible model."""
+        fields: dict[str, Any] = {}
+        for path, value in changes:
+            key, *rest = path.split(".")
+            name = _field(self, key, path)
+            if not rest:
+                _check_type(type(self), name, value, path)
+            fields[name] = _replaced(fields.get(name, getattr(self, name)), rest, value, path)
+        return dataclasses.replace(self, **fields)
 
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu")
@@ -145,26 +156,42 @@ def _replaced(node: Any, keys: list[str], value: Any, path: str) -> Any:
     key, rest = keys[0], keys[1:]
     if isinstance(node, tuple):
         chosen = range(len(node)) if key == "*" else [_layer_index(key, len(node), path)]
+        if not rest:
+            _check_layers((value,), path)
         return tuple(_replaced(item, rest, value, path) if i in chosen else item for i, item in enumerate(node))
+    name = _field(node, key, path)
+    if not rest:
+        _check_type(type(node), name, value, path)
+    return dataclasses.replace(node, **{name: _replaced(getattr(node, name), rest, value, path)})
+
+
+def _field(node: Any, key: str, path: str) -> str:
+    """The name of the field that `key` means."""
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
         raise ConfigError(f"{path!r}: there is no field {key!r} below a {type(node).__name__}; it has no fields")
     names = [field.name for field in dataclasses.fields(node)]
     name = key if key in names else f"{key}_"
     if name not in names:
         raise ConfigError(f"{path!r}: {type(node).__name__} has no field {key!r}; it has {', '.join(names)}")
-    if not rest:
-        _check_type(type(node), name, value, path)
-    return dataclasses.replace(node, **{name: _replaced(getattr(node, name), rest, value, path)})
+    return name
 
 
 def _check_type(owner: type, name: str, value: Any, path: str) -> None:
     wanted = next(field.type for field in dataclasses.fields(owner) if field.name == name)
     kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     kinds = tuple(typing.get_origin(kind) or kind for kind in kinds)
+    if tuple in kinds and isinstance(value, tuple):
+        _check_layers(value, path)
     is_number = isinstance(value, int) and not isinstance(value, bool) and float in kinds
     if not is_number and type(value) not in kinds:
         names = " or ".join("None" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
         raise ConfigError(f"{path!r} is set to {value!r}, {type(value).__name__}; wanted {names}")
+
+
+def _check_layers(values: tuple[Any, ...], path: str) -> None:
+    for value in values:
+        if not isinstance(value, LayerSpec):
+            raise ConfigError(f"{path!r} is set to {value!r}, {type(value).__name__}; wanted LayerSpec")
 
 
 def _layer_index(key: str, length: int, path: str) -> int:
@@ -175,7 +202,12 @@ def _layer_index(key: str, length: int, path: str) -> int:
 
 def check(config: DecoderConfig) -> None:
     """Raises one ConfigError that lists every contradiction, each naming the fields at odds."""
-    problems = [*_size_problems(config), *_attention_problems(config), *_layer_problems(config)]
+    problems = [
+        *_size_problems(config),
+        *_attention_problems(config),
+        *_layer_problems(config),
+        *_optional_problems(config),
+    ]
     if problems:
         raise ConfigError(f"config {config.name!r} is impossible:\n  " + "\n  ".join(problems))
 
@@ -195,12 +227,6 @@ def _size_problems(config: DecoderConfig) -> Iterator[str]:
         if (value := getattr(config, name)) is not None:
             yield from _positive(name, value, whole=name == "laurel_rank")
     yield from _positive("norm.epsilon", config.norm.epsilon, whole=False)
-    altup = config.altup
-    if altup is not None and not 0 <= altup.active_stream < altup.num_streams:
-        yield f"altup.active_stream is {altup.active_stream}, but altup.num_streams is {altup.num_streams}"
-    ple = config.per_layer_embedding
-    if ple is not None and ple.num_rows > config.vocab_size:
-        yield f"per_layer_embedding.num_rows is {ple.num_rows}, more than vocab_size {config.vocab_size}"
 
 
 def _attention_problems(config: DecoderConfig) -> Iterator[str]:
@@ -246,3 +272,25 @@ def _layer_problems(config: DecoderConfig) -> Iterator[str]:
             yield f"layers.{i}.kv_source is {source}, but layer {source} has no keys of its own either"
         elif config.layers[source].is_local != spec.is_local:
             yield f"layers.{i}.kv_source is {source}, but layers.{source}.is_local differs from layers.{i}.is_local"
+
+
+def _optional_problems(config: DecoderConfig) -> Iterator[str]:
+    """What only some models have."""
+    if (altup := config.altup) is not None:
+        yield from _positive("altup.num_streams", altup.num_streams)
+        if not 0 <= altup.active_stream < altup.num_streams:
+            yield f"altup.active_stream is {altup.active_stream}, but altup.num_streams is {altup.num_streams}"
+        if altup.coefficient_clip is not None:
+            yield from _positive("altup.coefficient_clip", altup.coefficient_clip, whole=False)
+    if (table := config.per_layer_embedding) is not None:
+        sizes = [*_positive("per_layer_embedding.num_rows", table.num_rows)]
+        yield from [*sizes, *_positive("per_layer_embedding.width", table.width)]
+        if not sizes and table.num_rows > config.vocab_size:
+            yield f"per_layer_embedding.num_rows is {table.num_rows}, more than vocab_size {config.vocab_size}"
+    if (vision := config.vision) is not None:
+        sizes = [p for name, value in dataclasses.asdict(vision).items() for p in _positive(f"vision.{name}", value)]
+        yield from sizes
+        if not sizes and vision.width % vision.num_heads:
+            yield f"vision.width {vision.width} is not a multiple of vision.num_heads {vision.num_heads}"
+        if not sizes and vision.image_size % vision.patch_size:
+            yield f"vision.image_size {vision.image_size} is not a multiple of vision.patch_size {vision.patch_size}"

@@ -2,6 +2,7 @@
 
 from gemma_jax.configs.config import AttentionConfig, AttentionKind, DecoderConfig, LayerSpec, VisionConfig
 
+VOCAB_SIZE, PADDED_VOCAB_SIZE = 262_144, 262_208  # multimodal files pad the table by 64 rows that stand for no token
 PERIOD = 6  # five local layers, then one global
 
 SIGLIP_SO400M = VisionConfig(
@@ -30,7 +31,7 @@ def _gemma3(
     num_heads, num_kv_heads, head_dim = heads
     return DecoderConfig(
         name=name,
-        vocab_size=262_144,
+        vocab_size=VOCAB_SIZE,
         width=width,
         context=context,
         attention=AttentionConfig(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_jax.configs.config import AttentionConfig, AttentionKind, ConfigError, DecoderConfig, LayerSpec, NormConfig
-from gemma_jax.configs.gemma3 import PERIOD
+from gemma_jax.configs.gemma3 import PADDED_VOCAB_SIZE, PERIOD, VOCAB_SIZE
 
 ARCHITECTURES = ("gemma3", "gemma2", "gemma")
 LOCAL_THETA = 10_000.0  # not in the files
@@ -25,7 +25,10 @@ def from_gguf(metadata: Mapping[str, Any], name: str = "gguf") -> DecoderConfig:
     def key(suffix: str, *default: Any) -> Any:
         if f"{family}.{suffix}" not in metadata and not default:
             raise ConfigError(f"the GGUF metadata has no {family}.{suffix}")
-        return metadata.get(f"{family}.{suffix}", *default)
+        value = metadata.get(f"{family}.{suffix}", *default)
+        if isinstance(value, str | bool):
+            raise ConfigError(f"{family}.{suffix} is {value!r} in the GGUF metadata; wanted a number")
+        return value
 
     width, num_layers, num_heads = key("embedding_length"), key("block_count"), key("attention.head_count")
     head_dim, turn = key("attention.key_length"), {"gemma3": PERIOD, "gemma2": 2, "gemma": 1}[family]
@@ -45,7 +48,7 @@ def from_gguf(metadata: Mapping[str, Any], name: str = "gguf") -> DecoderConfig:
                 window=key("attention.sliding_window", 4096 if family == "gemma2" else None),
                 rope_theta=key("rope.freq_base_swa", LOCAL_THETA),
             ),
-            global_=AttentionKind(window=None, rope_theta=theta, rope_scale=key("rope.scaling.factor", 1.0)),
+            global_=AttentionKind(window=None, rope_theta=theta, rope_scale=_rope_scale(metadata, family)),
             has_qk_norm=family == "gemma3",
             softcap=key("attn_logit_softcapping", 50.0) if family == "gemma2" else None,
         ),
@@ -61,7 +64,15 @@ def _vocab_size(metadata: Mapping[str, Any], family: str) -> int:
     size = len(tokens) if tokens is not None else metadata.get(f"{family}.vocab_size")
     if size is None:
         raise ConfigError(f"the GGUF metadata has neither tokenizer.ggml.tokens nor {family}.vocab_size")
-    return size
+    return VOCAB_SIZE if size == PADDED_VOCAB_SIZE else size
+
+
+def _rope_scale(metadata: Mapping[str, Any], family: str) -> float:
+    factor = metadata.get(f"{family}.rope.scaling.factor", 1.0)
+    kind = metadata.get(f"{family}.rope.scaling.type", "linear")
+    if kind not in ("linear", "none"):
+        raise ConfigError(f"{family}.rope.scaling.type is {kind!r}; Gemma uses linear and none")
+    return factor if kind == "linear" else 1.0
 
 
 def _layers(num_layers: int, ffw_width: Any, turn: int) -> tuple[LayerSpec, ...]:

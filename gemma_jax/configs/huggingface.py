@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_jax.configs.config import AttentionConfig, AttentionKind, ConfigError, DecoderConfig, LayerSpec, NormConfig
-from gemma_jax.configs.gemma3 import PERIOD
+from gemma_jax.configs.gemma3 import PADDED_VOCAB_SIZE, PERIOD, VOCAB_SIZE
 
-VOCAB_SIZE, PADDED_VOCAB_SIZE = 262_144, 262_208  # multimodal files pad the table by 64 rows that stand for no token
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu", "relu": "relu"}
 
 # What files leave out: defaults of transformers' config classes (gemma3.md, 1.3).
@@ -50,6 +49,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+_SIZES = [key for key, value in _DEFAULTS["gemma"].items() if isinstance(value, int) and key != "query_pre_attn_scalar"]
+
 
 def from_huggingface(data: Mapping[str, Any], name: str = "huggingface") -> DecoderConfig:
     """The decoder that a parsed config.json describes; of a multimodal model (`gemma3`) its text part.
@@ -58,12 +59,17 @@ def from_huggingface(data: Mapping[str, Any], name: str = "huggingface") -> Deco
     """
     family = data.get("model_type")
     if family == "gemma3":
-        data, family = {**data, **data.get("text_config", {})}, "gemma3_text"
+        text = data.get("text_config") or {}
+        is_tied = data.get("tie_word_embeddings", True) and text.get("tie_word_embeddings", True)
+        data, family = {**data, **text, "tie_word_embeddings": is_tied}, "gemma3_text"
     if family not in _DEFAULTS:
         raise ConfigError(f"model_type is {family!r}; can be read: gemma3, {', '.join(_DEFAULTS)}")
     values = {**_DEFAULTS[family], **data}
     if values.get("attention_bias"):
         raise ConfigError("attention_bias is true; Gemma's decoders have no biases")
+    wrong = [f"{key} is {values[key]!r}" for key in _SIZES if type(values[key]) is not int or values[key] < 1]
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}; wanted positive whole numbers")
     is_local = _pattern(values, family)
     vocab_size = VOCAB_SIZE if values["vocab_size"] == PADDED_VOCAB_SIZE else values["vocab_size"]
     return DecoderConfig(
@@ -82,9 +88,12 @@ def from_huggingface(data: Mapping[str, Any], name: str = "huggingface") -> Deco
 
 
 def _activation(values: Mapping[str, Any], family: str) -> str:
-    # Gemma 1's files say "gelu" and mean the tanh form, which the newer key names
-    name = values.get("hidden_activation") or ("gelu_pytorch_tanh" if family == "gemma" else None)
-    name = name or values.get("hidden_act") or "gelu_pytorch_tanh"
+    name = values.get("hidden_activation")
+    if family == "gemma":
+        # Gemma 1's files say "gelu" in the older key and mean the tanh form, which the newer key names
+        old = values.get("hidden_act")
+        name = name or (None if old == "gelu" else old)
+    name = name or "gelu_pytorch_tanh"
     if name not in ACTIVATIONS:
         raise ConfigError(f"hidden_activation is {name!r}; can be read: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
@@ -113,12 +122,12 @@ def _period(is_local: list[bool]) -> int:
 
 def _attention(values: Mapping[str, Any], family: str) -> AttentionConfig:
     local_base = values.get("rope_local_base_freq", values["rope_theta"])
-    old = values.get("rope_scaling") or {}
-    ropes = values.get("rope_parameters") or {}
-    is_split = "full_attention" in ropes or "sliding_attention" in ropes
-    everywhere = {} if is_split else ropes
-    global_theta, global_scale = _rope(ropes.get("full_attention", everywhere) or old, values["rope_theta"])
-    local_theta, local_scale = _rope(ropes.get("sliding_attention", everywhere), local_base)
+    old, ropes = values.get("rope_scaling") or {}, values.get("rope_parameters") or {}
+    flat = {} if {"full_attention", "sliding_attention"} & set(ropes) else ropes
+    global_theta, global_scale = _rope(ropes.get("full_attention") or flat or old, values["rope_theta"])
+    # Gemma 3 scales its global layers only (gemma3.md, 1.3)
+    local_rope = ropes.get("sliding_attention") or ({} if family == "gemma3_text" else flat or old)
+    local_theta, local_scale = _rope(local_rope, local_base)
     return AttentionConfig(
         num_heads=values["num_attention_heads"],
         num_kv_heads=values["num_key_value_heads"],

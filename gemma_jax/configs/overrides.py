@@ -9,7 +9,7 @@ _WORDS = {"none": None, "null": None, "true": True, "false": False}
 
 
 def apply(config: DecoderConfig, changes: Mapping[str, Any] | Sequence[str]) -> DecoderConfig:
-    """A copy with each change made, in order.
+    """A copy with all changes made, in order; two that are possible only together may stand in any order.
 
     Args:
         changes: {"attention.local.window": 256}, or texts such as "attention.local.window=256".
@@ -17,9 +17,7 @@ def apply(config: DecoderConfig, changes: Mapping[str, Any] | Sequence[str]) -> 
     Raises: ConfigError for a path that names no field, a value of the wrong type, and a config that is impossible.
     """
     pairs = changes.items() if isinstance(changes, Mapping) else map(_parsed, changes)
-    for path, value in pairs:
-        config = config.replace(path, value)
-    return config
+    return config.replace_all(pairs)
 
 
 def _parsed(change: str) -> tuple[str, Any]:
