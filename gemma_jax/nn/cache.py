@@ -14,8 +14,6 @@ from jaxtyping import Array, Float, Int
 from gemma_jax.configs.config import DecoderConfig
 from gemma_jax.nn.masks import Places
 
-SCATTER_TOKENS = 8  # up to this many new tokens are written one by one; above, the whole ring is selected anew
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -82,8 +80,8 @@ def store(
     `lengths` is the number of tokens stored before. When more tokens come than there are slots the last ones stay.
     """
     slots = cache.keys.shape[2]
-    if keys.shape[1] <= min(SCATTER_TOKENS, slots):
-        return _scatter(cache, keys, values, where, slots)
+    if keys.shape[1] == 1:
+        return _store_one(cache, keys, values, where, slots)
     # Seen from a slot: which of the new tokens does it hold afterwards, if any? Works for any T, wrap and padding.
     held = slot_places(advance(lengths, where), slots).positions
     index = held - lengths[:, None]
@@ -97,12 +95,17 @@ def store(
     return LayerCache(renewed(cache.keys, keys), renewed(cache.values, values))
 
 
-def _scatter(cache: LayerCache, keys: jax.Array, values: jax.Array, where: Places, slots: int) -> LayerCache:
-    slot = jnp.where(where.positions >= 0, where.positions % slots, slots)
-    row = jnp.arange(keys.shape[0])[:, None]
+def _store_one(cache: LayerCache, keys: jax.Array, values: jax.Array, where: Places, slots: int) -> LayerCache:
+    """One token a row, as rows of a matrix: of a scatter into four dimensions XLA on CPU makes two whole copies."""
+    batch, heads = keys.shape[0], keys.shape[2]
+    first = jnp.arange(batch * heads) * slots
+    position = jnp.repeat(where.positions[:, 0], heads)
+    index = jnp.where(position >= 0, first + position % slots, batch * heads * slots)  # padding: outside, dropped
 
     def written(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[row, :, slot].set(new.astype(old.dtype), mode="drop", unique_indices=True)
+        flat = old.reshape(-1, old.shape[-1])
+        new = new.reshape(-1, old.shape[-1]).astype(old.dtype)
+        return flat.at[index].set(new, mode="drop", unique_indices=True).reshape(old.shape)
 
     return LayerCache(written(cache.keys, keys), written(cache.values, values))
 

@@ -8,14 +8,16 @@ from jaxtyping import Array, Float, Int
 from gemma_jax.configs.config import ConfigError, DecoderConfig, LayerSpec
 from gemma_jax.nn.attention import Attention
 from gemma_jax.nn.cache import Cache, LayerCache, advance
-from gemma_jax.nn.layers import GatedMLP, RMSNorm, Table, softcap
+from gemma_jax.nn.layers import PLAIN_LAYOUT, GatedMLP, Layout, RMSNorm, Table, softcap
 from gemma_jax.nn.masks import Places
 
 
 class Layer(nnx.Module):
     """One block: attention, then the gated ffw, each normed before and (Gemma 2 on) after, each added to the stream."""
 
-    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(
+        self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, dtype: jnp.dtype, layout: Layout = PLAIN_LAYOUT
+    ):
         def norm() -> RMSNorm:
             return RMSNorm("D", config.width, config.norm, dtype)
 
@@ -23,8 +25,8 @@ class Layer(nnx.Module):
         self.pre_attention_norm, self.pre_ffw_norm = norm(), norm()
         if self.has_post_norms:
             self.post_attention_norm, self.post_ffw_norm = norm(), norm()
-        self.attn = Attention(config, spec, rngs=rngs, dtype=dtype)
-        self.mlp = GatedMLP(config, spec.ffw_width, rngs=rngs, dtype=dtype)
+        self.attn = Attention(config, spec, rngs=rngs, dtype=dtype, layout=layout)
+        self.mlp = GatedMLP(config, spec.ffw_width, rngs=rngs, dtype=dtype, layout=layout)
 
     def __call__(
         self,
@@ -42,7 +44,7 @@ class Layer(nnx.Module):
 class Stem(nnx.Module):
     """What stands around the layers: token table, final norm, head. `Decoder` and `ScannedDecoder` add the layers."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype | str, table_dims: str):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype | str, layout: Layout):
         refuse_unbuilt(config)
         dtype = jnp.dtype(dtype)
         if dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
@@ -51,9 +53,9 @@ class Stem(nnx.Module):
                 "the end of float16"
             )
         self.config = config
-        self.embedder = Table(config, table_dims, rngs=rngs, dtype=dtype)
+        self.embedder = Table(config, layout.table_dims, rngs=rngs, dtype=dtype)
         if not config.has_tied_head:
-            self.head = Table(config, table_dims, rngs=rngs, dtype=dtype)
+            self.head = Table(config, layout.table_dims, rngs=rngs, dtype=dtype)
         self.final_norm = RMSNorm("D", config.width, config.norm, dtype)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -70,15 +72,20 @@ class Stem(nnx.Module):
 class Decoder(Stem):
     """A module per layer: the form for generation, each layer's cache is its own array and is updated in place.
 
-    Weights are random until loaded. `dtype`: float32 or bfloat16. `table_dims`: see `Table`.
+    Weights are random until loaded. `dtype`: float32 or bfloat16. `layout`: how they stand in memory.
     """
 
     def __init__(
-        self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype | str = "float32", table_dims: str = "V D"
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype | str = "float32",
+        layout: Layout = PLAIN_LAYOUT,
     ):
-        super().__init__(config, rngs=rngs, dtype=dtype, table_dims=table_dims)
+        super().__init__(config, rngs=rngs, dtype=dtype, layout=layout)
         dtype = jnp.dtype(dtype)
-        self.layers = nnx.List([Layer(config, spec, rngs=rngs, dtype=dtype) for spec in config.layers])
+        self.layers = nnx.List([Layer(config, spec, rngs=rngs, dtype=dtype, layout=layout) for spec in config.layers])
 
     def __call__(self, tokens: Int[Array, "B T"], where: Places | None = None) -> Float[Array, "B T V"]:
         """Logits of every position, float32. `where` defaults to rows without padding."""

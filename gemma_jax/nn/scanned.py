@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from gemma_jax.configs.config import DecoderConfig, LayerSpec
 from gemma_jax.nn.decoder import Decoder, Layer, Stem
+from gemma_jax.nn.layers import PLAIN_LAYOUT, Layout
 from gemma_jax.nn.masks import Places
 
 AnyStem = TypeVar("AnyStem", bound=Stem)
@@ -45,14 +46,19 @@ class ScannedDecoder(Stem):
     """`Decoder` with stacked layers; the same results, without a cache. See `stack` to make one from a `Decoder`."""
 
     def __init__(
-        self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype | str = "float32", table_dims: str = "V D"
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype | str = "float32",
+        layout: Layout = PLAIN_LAYOUT,
     ):
-        super().__init__(config, rngs=rngs, dtype=dtype, table_dims=table_dims)
+        super().__init__(config, rngs=rngs, dtype=dtype, layout=layout)
         kind = jnp.dtype(dtype)
 
         def turns(specs: tuple[LayerSpec, ...], count: int) -> Turn:
             def turn(rngs: nnx.Rngs) -> Turn:
-                return Turn([Layer(config, spec, rngs=rngs, dtype=kind) for spec in specs])
+                return Turn([Layer(config, spec, rngs=rngs, dtype=kind, layout=layout) for spec in specs])
 
             return nnx.vmap(turn)(rngs.split(count))
 

@@ -7,7 +7,8 @@ from flax import nnx
 from gemma_jax.configs.config import NormConfig
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.layers import ACTIVATION, GatedMLP, RMSNorm, Table, dimension_sizes, softcap
-from gemma_jax.nn.paths import parameters
+from gemma_jax.nn.masks import Places
+from gemma_jax.nn.paths import parameters, weights
 
 
 def norm(scale: np.ndarray, config: NormConfig, dtype: str = "float32") -> RMSNorm:
@@ -130,11 +131,25 @@ def test_embeddings_stay_unscaled_when_the_config_says_so(make_config):
     np.testing.assert_array_equal(model.embed(jnp.asarray([[3]]))[0, 0], model.embedder.embedding[...][3])
 
 
-@pytest.mark.parametrize("table_dims", ["V D", "D V"])
-def test_every_weight_names_its_dimensions(make_config, table_dims):
+def test_fused_weights_are_the_same_model_under_the_same_names(tiny_model, forward):
+    fused = Decoder(tiny_model.config, rngs=nnx.Rngs(0), layout=CPU_LAYOUT)
+    plain, places = parameters(tiny_model), weights(fused)
+    assert places.keys() == plain.keys()
+    buffers = {place.name: np.zeros(place.param[...].shape, np.float32) for place in places.values()}
+    for path, place in places.items():
+        assert place.shape == plain[path][...].shape, path
+        place.view(buffers[place.name])[...] = plain[path][...]
+    for place in places.values():
+        place.param.set_raw_value(jnp.asarray(buffers[place.name]))
+    tokens, where = jnp.asarray([[2, 5, 7, 11, 3]]), Places.plain(1, 5)
+    np.testing.assert_allclose(forward(fused, tokens, where), forward(tiny_model, tokens, where), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layout", [PLAIN_LAYOUT, CPU_LAYOUT])
+def test_every_weight_names_its_dimensions(make_config, layout):
     config = make_config().replace("has_tied_head", False)
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), table_dims=table_dims))
-    sizes = dimension_sizes(config) | {"F": 48}
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), layout=layout))
+    sizes = dimension_sizes(config) | {"F": 48, "E": 96}
     params = parameters(model)
     for path, param in params.items():
         shape = tuple(sizes[letter] for letter in param.get_metadata("dims").split())
