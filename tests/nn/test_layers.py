@@ -6,7 +6,16 @@ from flax import nnx
 
 from gemma_jax.configs.config import NormConfig
 from gemma_jax.nn.decoder import Decoder
-from gemma_jax.nn.layers import ACTIVATION, GatedMLP, RMSNorm, Table, dimension_sizes, softcap
+from gemma_jax.nn.layers import (
+    ACTIVATION,
+    CPU_LAYOUT,
+    PLAIN_LAYOUT,
+    GatedMLP,
+    RMSNorm,
+    Table,
+    dimension_sizes,
+    softcap,
+)
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.paths import parameters, weights
 
