@@ -173,7 +173,7 @@ def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 def _placed(array: np.ndarray, param: nnx.Param, sharding: Placement | None) -> jax.Array:
     if sharding is None:
-        return jnp.asarray(array)  # without a copy on CPU; the array is not written again
+        return jax.device_put(array, may_alias=True)  # on CPU no copy; the array is not written again
     to = sharding if isinstance(sharding, jax.sharding.Sharding) else sharding(param.get_metadata("dims"), array.shape)
     return jax.device_put(array, to)
 
