@@ -125,7 +125,7 @@ def sample(
     if plan.penalises and seen is not None:
         penalty = rows.repetition_penalty[:, None]
         logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = _argmax(logits)
     if plan.is_greedy:
         return greedy
     logits = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
@@ -136,8 +136,15 @@ def sample(
         key = jax.random.wrap_key_data(key, impl="threefry2x32")
         return jax.random.gumbel(jax.random.fold_in(key, step), logits.shape[1:], jnp.float32)
 
-    drawn = jnp.argmax(logits + jax.vmap(noise)(rows.keys, step), axis=-1).astype(jnp.int32)
+    drawn = _argmax(logits + jax.vmap(noise)(rows.keys, step))
     return jnp.where(rows.temperature > 0, drawn, greedy)
+
+
+def _argmax(x: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The first of the largest; two plain reductions, which XLA on CPU vectorises as it does not `jnp.argmax`."""
+    size = x.shape[-1]
+    place = jnp.where(x == jnp.max(x, axis=-1, keepdims=True), jnp.arange(size, dtype=jnp.int32), size - 1)
+    return jnp.min(place, axis=-1)
 
 
 def _filtered(logits: Float[Array, "B V"], rows: Sampler) -> Float[Array, "B V"]:

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gemma_jax.configs.config import AttentionKind, DecoderConfig, LayerSpec
-from gemma_jax.nn.cache import LayerCache, advance, slot_places, store
+from gemma_jax.nn.cache import Fresh, LayerCache, slot_places
 from gemma_jax.nn.layers import PLAIN_LAYOUT, Layout, RMSNorm, dimension_sizes, softcap, weight
 from gemma_jax.nn.masks import Places, visible
 from gemma_jax.nn.rope import rope
@@ -41,21 +41,25 @@ class Attention(nnx.Module):
         where: Places,
         cache: LayerCache | None,
         lengths: Int[Array, " B"] | None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attends to `x` itself, or with a cache (and the number of tokens in it) to all that came before too."""
+    ) -> tuple[Float[Array, "B T D"], Fresh]:
+        """Attends to `x` itself, or with a cache (and the number of tokens in it) to all that came before too.
+
+        Also gives the keys and values of `x`; the caller stores them.
+        """
         q, k, v = self._project(x)
         if self.config.has_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rope(a, where.positions, self.kind.rope_theta, self.kind.rope_scale) for a in (q, k))
         q = q * self.config.query_scale
         look = Look(self.kind, self.config.is_causal, self.config.softcap)
+        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is None or lengths is None:
-            out = look.at(q, k.swapaxes(1, 2), v.swapaxes(1, 2), where, where)
+            out = look.at(q, keys, values, where, where)
         else:
-            out, cache = self._with_cache(look, (q, k, v), where, cache, lengths)
+            out = look.back(q, keys, values, where, cache, lengths)
         # as one matrix: of a product over N and H XLA on CPU makes one over H and N, and copies the weight each time
         out = out.reshape(*out.shape[:2], -1)
-        return out @ self.w_o[...].reshape(out.shape[-1], -1), cache
+        return out @ self.w_o[...].reshape(out.shape[-1], -1), (k, v)
 
     def _project(self, x: Float[Array, "B T D"]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H]."""
@@ -66,23 +70,6 @@ class Attention(nnx.Module):
         q = jnp.einsum("BTD,DNH->BTNH", x, self.w_q[...])
         k = jnp.einsum("BTD,DKH->BTKH", x, self.w_k[...])
         return q, k, jnp.einsum("BTD,DKH->BTKH", x, self.w_v[...])
-
-    def _with_cache(
-        self, look: "Look", qkv: tuple[jax.Array, jax.Array, jax.Array], where: Places, old: LayerCache, lengths
-    ) -> tuple[jax.Array, LayerCache]:
-        q, k, v = qkv
-        new = store(old, k, v, where, lengths)
-        slots = old.keys.shape[2]
-        if q.shape[1] > 1 and self.kind.window is not None:
-            # The chunk may overwrite slots that its first queries still see: look at the old ring, then the chunk.
-            before, places = slot_places(lengths, slots).positions, where.positions
-            keys = jnp.concatenate([old.keys, k.swapaxes(1, 2).astype(old.keys.dtype)], axis=2)
-            values = jnp.concatenate([old.values, v.swapaxes(1, 2).astype(old.values.dtype)], axis=2)
-            return look.at(q, keys, values, where, Places(jnp.concatenate([before, places], axis=1))), new
-        lengths = advance(lengths, where)
-        if slots > BLOCK and self.kind.window is None and slots % BLOCK == 0:
-            return look.along(q, new.keys, new.values, where, lengths), new
-        return look.at(q, new.keys, new.values, where, slot_places(lengths, slots)), new
 
 
 class Look:
@@ -114,46 +101,75 @@ class Look:
         return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
 
     def _direct(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Bool[Array, "B T S"]) -> jax.Array:
-        logits = softcap(_scores(_grouped(q, k.shape[1]), k), self.cap)
-        logits = jnp.where(mask[:, None, None], logits, MASKED)
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        weights = jax.nn.softmax(self._logits(_grouped(q, k.shape[1]), k, mask), axis=-1).astype(v.dtype)
         return _ungrouped(jnp.einsum("BKGTS,BKSH->BKGTH", weights, v))
 
-    def along(
+    def _logits(
+        self, q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], mask: Bool[Array, "B T S"]
+    ) -> Float[Array, "B K G T S"]:
+        return jnp.where(mask[:, None, None], softcap(_scores(q, k), self.cap), MASKED)
+
+    def back(
         self,
         q: Float[Array, "B T N H"],
-        k: Float[Array, "B K S H"],
-        v: Float[Array, "B K S H"],
-        query: Places,
+        k: Float[Array, "B K T H"],
+        v: Float[Array, "B K T H"],
+        where: Places,
+        cache: LayerCache,
         lengths: Int[Array, " B"],
     ) -> Float[Array, "B T N H"]:
-        """Softmax over the filled part of a cache, BLOCK keys at a time: work and memory follow the real length.
+        """Softmax over what a cache holds and over the new keys. The cache is read before they are stored in it: in a
+        ring they may overwrite slots that their own first queries still see.
+        """
+        slots = cache.keys.shape[2]
+        stored = slot_places(lengths, slots)
+        k, v = k.astype(cache.keys.dtype), v.astype(cache.values.dtype)
+        q, own = _grouped(q, k.shape[1]), visible(where, where, self.window, self.is_causal)
+        if slots > BLOCK and slots % BLOCK == 0 and self.window is None:
+            return _ungrouped(self._along(q, (k, v, own), cache, where, stored, lengths)).astype(q.dtype)
+        seen = visible(where, stored, self.window, self.is_causal)
+        logits = jnp.concatenate([self._logits(q, cache.keys, seen), self._logits(q, k, own)], axis=-1)
+        before, now = jnp.split(jax.nn.softmax(logits, axis=-1).astype(v.dtype), [slots], axis=-1)
+        out = jnp.einsum("BKGTS,BKSH->BKGTH", before, cache.values) + jnp.einsum("BKGTS,BKSH->BKGTH", now, v)
+        return _ungrouped(out)
+
+    def _along(
+        self,
+        q: Float[Array, "B K G T H"],
+        new: tuple[jax.Array, jax.Array, jax.Array],
+        cache: LayerCache,
+        where: Places,
+        stored: Places,
+        lengths: Int[Array, " B"],
+    ) -> Float[Array, "B K G T H"]:
+        """The same for a long cache, BLOCK of its keys at a time: work and memory follow the real length.
 
         The running maximum and sum are those of online softmax (arXiv:1805.02867).
         """
-        places = slot_places(lengths, k.shape[2])
-        grouped = _grouped(q, k.shape[1])
 
-        def step(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
+        def add(state: tuple[jax.Array, jax.Array, jax.Array], keys: jax.Array, values: jax.Array, mask: jax.Array):
             peak, total, out = state
-            keys, values = (jax.lax.dynamic_slice_in_dim(a, i * BLOCK, BLOCK, axis=2) for a in (k, v))
-            key = Places(jax.lax.dynamic_slice_in_dim(places.positions, i * BLOCK, BLOCK, axis=1))
-            mask = visible(query, key, self.window, self.is_causal)[:, None, None]
-            logits = jnp.where(mask, softcap(_scores(grouped, keys), self.cap), MASKED)
+            logits = self._logits(q, keys, mask)
             new_peak = jnp.maximum(peak, jnp.max(logits, axis=-1))
-            weights = jnp.where(mask, jnp.exp(logits - new_peak[..., None]), 0.0)
+            weights = jnp.where(mask[:, None, None], jnp.exp(logits - new_peak[..., None]), 0.0)
             fade = jnp.exp(peak - new_peak)
             values = jnp.einsum(
-                "BKGTS,BKSH->BKGTH", weights.astype(v.dtype), values, preferred_element_type=jnp.float32
+                "BKGTS,BKSH->BKGTH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
             )
             return new_peak, total * fade + jnp.sum(weights, axis=-1), out * fade[..., None] + values
 
-        rows = grouped.shape[:-1]
-        start = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(grouped.shape))
+        def block(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
+            keys, values = (
+                jax.lax.dynamic_slice_in_dim(a, i * BLOCK, BLOCK, axis=2) for a in (cache.keys, cache.values)
+            )
+            key = Places(jax.lax.dynamic_slice_in_dim(stored.positions, i * BLOCK, BLOCK, axis=1))
+            return add(state, keys, values, visible(where, key, self.window, self.is_causal))
+
+        rows = q.shape[:-1]
+        start = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(q.shape))
         num_blocks = (jnp.max(lengths) + BLOCK - 1) // BLOCK
-        _, total, out = jax.lax.fori_loop(0, num_blocks, step, start)
-        out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
-        return _ungrouped(out).astype(q.dtype)
+        _, total, out = jax.lax.fori_loop(0, num_blocks, block, add(start, *new))
+        return out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
 
 
 def _grouped(q: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B K G T H"]:

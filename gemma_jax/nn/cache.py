@@ -24,6 +24,9 @@ class LayerCache:
     values: jax.Array  # [B, K, S, H]
 
 
+Fresh = tuple[jax.Array, jax.Array]  # keys and values of new tokens, [B, T, K, H] each
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from gemma_jax.configs.config import ConfigError, DecoderConfig, LayerSpec
 from gemma_jax.nn.attention import Attention
-from gemma_jax.nn.cache import Cache, LayerCache, advance
+from gemma_jax.nn.cache import Cache, Fresh, LayerCache, advance, store
 from gemma_jax.nn.layers import PLAIN_LAYOUT, GatedMLP, Layout, RMSNorm, Table, softcap
 from gemma_jax.nn.masks import Places
 
@@ -34,11 +34,11 @@ class Layer(nnx.Module):
         where: Places,
         cache: LayerCache | None = None,
         lengths: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        attended, cache = self.attn(self.pre_attention_norm(x), where, cache, lengths)
+    ) -> tuple[Float[Array, "B T D"], Fresh]:
+        attended, fresh = self.attn(self.pre_attention_norm(x), where, cache, lengths)
         x = x + (self.post_attention_norm(attended) if self.has_post_norms else attended)
         mixed = self.mlp(self.pre_ffw_norm(x))
-        return x + (self.post_ffw_norm(mixed) if self.has_post_norms else mixed), cache
+        return x + (self.post_ffw_norm(mixed) if self.has_post_norms else mixed), fresh
 
 
 class Stem(nnx.Module):
@@ -107,14 +107,24 @@ class Decoder(Stem):
         return jnp.stack([*states[:-1], self.final_norm(states[-1])])
 
     def _run(self, x: jax.Array, where: Places, cache: Cache | None) -> tuple[list[jax.Array], Cache | None]:
-        lengths = None if cache is None else cache.lengths
-        states, caches = [x], []
+        states, fresh = [x], []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                x, layer_cache = layer(x, where, None if cache is None else cache.layers[i], lengths)
+                if cache is None:
+                    x, keys_values = layer(x, where)
+                else:
+                    x, keys_values = layer(x, where, cache.layers[i], cache.lengths)
             states.append(x)
-            caches.append(layer_cache)
-        return states, None if cache is None else Cache(tuple(caches), advance(cache.lengths, where))
+            fresh.append(keys_values)
+        if cache is None:
+            return states, None
+        # stored only now, when all is read: so XLA writes in place
+        states[-1], fresh = jax.lax.optimization_barrier((states[-1], fresh))
+        layers = [
+            store(old, keys, values, where, cache.lengths)
+            for old, (keys, values) in zip(cache.layers, fresh, strict=True)
+        ]
+        return states, Cache(tuple(layers), advance(cache.lengths, where))
 
 
 def refuse_unbuilt(config: DecoderConfig) -> None:

@@ -1,5 +1,7 @@
 """Text to ids and back. SentencePiece does the encoding; user text never becomes a control token."""
 
+import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -34,19 +36,21 @@ class Tokenizer:
     """
 
     def __init__(self, vocabulary: Vocabulary):
-        self._pieces, self._types = vocabulary.pieces, vocabulary.types
+        self._vocabulary, self._pieces, self._types = vocabulary, vocabulary.pieces, vocabulary.types
         self.control_ids = vocabulary.control()
-        by_text = np.array(vocabulary.types)
-        by_text[list(self.control_ids.values())] = PieceType.USER_DEFINED
-        by_text[vocabulary.pieces.index(UNKNOWN)] = PieceType.UNKNOWN
         unmatched = [i for piece, i in self.control_ids.items() if vocabulary.types[i] == PieceType.USER_DEFINED]
         self._plain = SentencePieceProcessor(model_proto=serialise(vocabulary, unmatched))
-        self._with_control = SentencePieceProcessor(
-            model_proto=serialise(Vocabulary(vocabulary.pieces, vocabulary.scores, by_text))
-        )
         self.pad_id, self.eos_id, self.bos_id, self.unk_id, self.end_of_turn_id = map(
             self.id_of, (PAD, EOS, BOS, UNKNOWN, END_OF_TURN)
         )
+
+    @functools.cached_property
+    def _with_control(self) -> SentencePieceProcessor:
+        """Made when first asked for: 50 MiB, and chats do without it."""
+        types = np.array(self._types)
+        types[list(self.control_ids.values())] = PieceType.USER_DEFINED
+        types[self._pieces.index(UNKNOWN)] = PieceType.UNKNOWN
+        return SentencePieceProcessor(model_proto=serialise(dataclasses.replace(self._vocabulary, types=types)))
 
     @classmethod
     def from_sentencepiece(cls, model: str | os.PathLike | bytes) -> "Tokenizer":
@@ -134,7 +138,7 @@ class Tokenizer:
         """The id of a piece, control or not. Raises ValueError if there is none."""
         if (found := self.control_ids.get(piece)) is not None:
             return found
-        found = self._with_control.piece_to_id(piece)
+        found = self._plain.piece_to_id(piece)
         if found == self.unk_id:
             raise ValueError(f"the vocabulary has no piece {piece!r}")
         return found
