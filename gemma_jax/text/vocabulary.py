@@ -62,9 +62,7 @@ class Vocabulary:
     types: np.ndarray  # [V] uint8, PieceType
 
     def __post_init__(self) -> None:
-        sizes = (len(self.pieces), len(self.scores), len(self.types))
-        if len(set(sizes)) != 1:
-            raise TokenizerError(f"the vocabulary has {sizes[0]} pieces, {sizes[1]} scores and {sizes[2]} types")
+        _check_sizes(self.pieces, self.scores, self.types)
         if unknown := set(np.unique(self.types).tolist()) - set(PieceType):
             raise TokenizerError(f"the vocabulary has piece types {sorted(unknown)}; SentencePiece knows 1 to 6")
         if (num_bytes := int(np.count_nonzero(self.types == PieceType.BYTE))) != 256:
@@ -99,6 +97,7 @@ def gguf_vocabulary(metadata: Mapping[str, object]) -> Vocabulary:
     pieces = [str(piece) for piece in _sequence(tokens, "tokenizer.ggml.tokens")]
     scores = np.array(_sequence(scores, "tokenizer.ggml.scores"), np.float32)
     types = np.array(_sequence(types, "tokenizer.ggml.token_type"), np.uint8)
+    _check_sizes(pieces, scores, types)
     for i in np.flatnonzero(types == PieceType.CONTROL).tolist():
         types[i] = _special_type(pieces[i], PieceType.USER_DEFINED)
     for i in np.flatnonzero(types == PieceType.USER_DEFINED).tolist():
@@ -187,6 +186,11 @@ def _specification(vocabulary: Vocabulary) -> ModelProto:
     normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
     normalizer.escape_whitespaces = True
     return proto
+
+
+def _check_sizes(pieces: Sequence[str], scores: np.ndarray, types: np.ndarray) -> None:
+    if not len(pieces) == len(scores) == len(types):
+        raise TokenizerError(f"the vocabulary has {len(pieces)} pieces, {len(scores)} scores and {len(types)} types")
 
 
 def _special_type(piece: str, otherwise: PieceType) -> PieceType:
