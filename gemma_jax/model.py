@@ -128,8 +128,9 @@ class Gemma:
         return self.tokenizer.encode(prompt, bos=True)
 
     def _session(self, prompts: Sequence[Prompt], seed: Any, sampling: Mapping[str, Any]) -> Session:
-        stop = sampling.get("stop") or ()
-        params = sampling_params(**{**sampling, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+        stop = sampling.get("stop")
+        stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+        params = sampling_params(**{**sampling, "stop": stops})
         if params.stop and self.tokenizer is None:
             raise ValueError("stop texts need a tokenizer, and this model was loaded without one")
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)

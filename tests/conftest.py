@@ -1,21 +1,34 @@
 """Tiny random models and their plain forward, built once for all tests."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 from gemma_jax.configs.config import AttentionConfig, AttentionKind, DecoderConfig, LayerSpec
 from gemma_jax.nn.decoder import Decoder, Stem
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.paths import parameters
+from tests.vocabulary import PIECES, huggingface_data
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PLAIN_LENGTH = 64  # one compiled shape serves every sequence up to this length
+_HUGGINGFACE_NAMES = {
+    "pre_attention_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "pre_ffw_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+    **{f"attn/{n}": f"self_attn.{n}_proj" for n in "qkvo"},
+    **{f"attn/{n}_norm": f"self_attn.{n}_norm" for n in "qk"},
+    **{f"mlp/{n}": f"mlp.{n}_proj" for n in ("gate", "up", "down")},
+}
 
 
 def _tiny_config(name: str = "tiny", vocab_size: int = 128, num_layers: int = 5, window: int = 8) -> DecoderConfig:
@@ -146,21 +159,15 @@ def fixture_model(text_fixture: dict[str, np.ndarray]) -> Decoder:
 
 def _canonical_weights(fixture: dict[str, np.ndarray], config: DecoderConfig) -> dict[str, np.ndarray]:
     width, attention = config.width, config.attention
-    norms = {
-        "pre_attention_norm": "input_layernorm",
-        "post_attention_norm": "post_attention_layernorm",
-        "pre_ffw_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-        "attn/q_norm": "self_attn.q_norm",
-        "attn/k_norm": "self_attn.k_norm",
-    }
     values = {
         "embedder/embedding": fixture["w:model.embed_tokens.weight"],
         "final_norm/scale": fixture["w:model.norm.weight"],
     }
     for i in range(config.num_layers):
         prefix, ours = f"w:model.layers.{i}.", f"layers_{i}/"
-        for our_name, name in norms.items():
+        for our_name, name in _HUGGINGFACE_NAMES.items():
+            if "norm" not in our_name:
+                continue
             values[f"{ours}{our_name}/scale"] = fixture[f"{prefix}{name}.weight"]
         for letter, heads in (("q", attention.num_heads), ("k", attention.num_kv_heads), ("v", attention.num_kv_heads)):
             kernel = fixture[f"{prefix}self_attn.{letter}_proj.weight"].T
@@ -170,3 +177,70 @@ def _canonical_weights(fixture: dict[str, np.ndarray], config: DecoderConfig) ->
         for name in ("gate", "up", "down"):
             values[f"{ours}mlp/{name}/kernel"] = fixture[f"{prefix}mlp.{name}_proj.weight"].T
     return values
+
+
+def _huggingface_tensors(model: Decoder, prefix: str) -> dict[str, np.ndarray]:
+    """A decoder's weights as transformers stores them: kernels as [out, in]."""
+    tensors = {}
+    for path, param in parameters(model).items():
+        value, parts = np.asarray(param[...]), path.split("/")
+        if parts[0] in ("embedder", "final_norm"):
+            tensors[prefix + {"embedder": "embed_tokens", "final_norm": "norm"}[parts[0]] + ".weight"] = value
+            continue
+        name = "/".join(parts[1:-1])
+        if parts[-1] == "kernel":
+            value = value.reshape(-1, value.shape[-1]) if name == "attn/o" else value.reshape(value.shape[0], -1)
+            value = np.ascontiguousarray(value.T)
+        layer = parts[0].removeprefix("layers_")
+        tensors[f"{prefix}layers.{layer}.{_HUGGINGFACE_NAMES[name]}.weight"] = value
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def huggingface_tensors() -> Callable[[Decoder, str], dict[str, np.ndarray]]:
+    return _huggingface_tensors
+
+
+@pytest.fixture(scope="session")
+def saved_model() -> Decoder:
+    """The weights in `model_folder`."""
+    config = _tiny_config("saved", vocab_size=len(PIECES), num_layers=3)
+    model = _with_random_norms(Decoder(config, rngs=nnx.Rngs(3)))
+    assert isinstance(model, Decoder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def config_json(saved_model: Decoder) -> dict[str, Any]:
+    """What transformers would write for `saved_model`."""
+    config = saved_model.config
+    return {
+        "model_type": "gemma3_text",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 8,
+        "max_position_embeddings": 320,
+        "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, saved_model: Decoder, config_json: dict[str, Any]) -> Path:
+    """A tiny model with its tokenizer, as a Hugging Face folder. Not to be changed by tests."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-model"
+    folder.mkdir()
+    save_file(_huggingface_tensors(saved_model, "model."), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config_json))
+    (folder / "tokenizer.json").write_text(json.dumps(huggingface_data()))
+    return folder

@@ -1,0 +1,148 @@
+"""Every verb in this process, on a tiny model."""
+
+import io
+import json
+
+import pytest
+
+import gemma_jax as gj
+from gemma_jax.cli.main import main
+
+
+@pytest.fixture
+def run(capsys, model_folder):
+    """Runs a command; exit code, standard output, standard error."""
+
+    def run(*arguments: str, model: bool = True) -> tuple[int, str, str]:
+        extra = ["--model", str(model_folder), "--no-compilation-cache"] if model else []
+        try:
+            code = main([*arguments, *extra])
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_generate_streams_what_generate_gives(run, model_folder):
+    want = gj.load(model_folder).generate("hello", max_new_tokens=6).text
+    assert run("generate", "hello", "-n", "6")[:2] == (0, f"hello{want}\n")
+
+
+def test_generate_batches_prompts_and_speaks_json(run, model_folder):
+    code, out, _ = run("generate", "hello", "the user", "-n", "4", "--logprobs", "1", "--json")
+    report = json.loads(out)
+    want = gj.load(model_folder).generate(["hello", "the user"], max_new_tokens=4)
+    assert code == 0
+    assert [c["tokens"] for c in report["completions"]] == [done.tokens for done in want]
+    assert [c["prompt"] for c in report["completions"]] == ["hello", "the user"]
+    assert all(len(c["logprobs"]) == len(c["tokens"]) for c in report["completions"])
+
+
+def test_generate_reads_standard_input_without_a_prompt(run, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    code, out, _ = run("generate", "-n", "2")
+    assert code == 0
+    assert out.startswith("hello")
+
+
+def test_score_gives_each_token_and_the_perplexity(run, model_folder):
+    want = gj.load(model_folder).score("hello world")
+    code, out, _ = run("score", "hello world", "--json")
+    report = json.loads(out)
+    assert (code, report["tokens"]) == (0, want.tokens)
+    assert report["perplexity"] == pytest.approx(want.perplexity, rel=1e-5)
+    assert f"perplexity {want.perplexity:.3f}" in run("score", "hello world")[1]
+
+
+def test_chat_answers_each_line_and_keeps_history(run, monkeypatch, model_folder):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nthe user\n/reset\nhello\n/quit\nnever read\n"))
+    code, out, _ = run("chat", "-n", "5", "-t", "0", "--json")
+    answers = [json.loads(line)["text"] for line in out.splitlines()]
+    assert (code, len(answers)) == (0, 3)
+    gemma = gj.load(model_folder)
+    first = [{"role": "user", "content": "hello"}]
+    options = {"max_new_tokens": 5, "temperature": 0.0}
+    assert answers[0] == answers[2] == gemma.chat(first, **options).text
+    both = [*first, {"role": "assistant", "content": answers[0]}, {"role": "user", "content": "the user"}]
+    assert answers[1] == gemma.chat(both, **options).text
+
+
+def test_inspect_reports_a_published_model_without_weights(run):
+    code, out, _ = run("inspect", "gemma-3-1b", "--context", "2048", "--json", model=False)
+    report = json.loads(out)
+    assert code == 0
+    assert report["parameters"]["all"] == 999_885_952  # gemma3.md, section 1.1
+    assert report["config"]["attention"]["local"]["window"] == 512
+    assert report["cache_bytes"] == 2 * 2 * 256 * (22 * 512 + 4 * 2048)  # keys and values, bfloat16; 22 local layers
+
+
+def test_inspect_lists_the_tensors_of_a_folder(run, model_folder):
+    code, out, _ = run("inspect", str(model_folder), model=False)
+    assert code == 0
+    assert "model.layers.2.mlp.down_proj.weight" in out
+    assert '"head_dim": 8' in out
+
+
+def test_fields_are_set_by_path(run):
+    out = run("inspect", "gemma-3-1b", "--set", "attention.local.window=256", "--json", model=False)[1]
+    assert json.loads(out)["config"]["attention"]["local"]["window"] == 256
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["generate", ""], 2, "prompt is empty"),
+        (["generate", "x", "--top-p", "1.5"], 2, "top_p is 1.5"),
+        (["generate", "x", "-t", "nan"], 2, "temperature is nan"),
+        (["generate", "x", "-n", "0"], 2, "max_new_tokens is 0"),
+        (["generate", "x", "-n", "many"], 2, "many"),
+        (["generate", "z" * 400], 2, "at most 320"),
+        (["generate", "x", "--set", "attention.window=3"], 2, "no field 'window'"),
+        (["score", ""], 2, "prompt is empty"),
+    ],
+)
+def test_bad_usage_is_one_line_and_code_2(run, arguments, code, words):
+    got, _, err = run(*arguments)
+    assert got == code
+    assert words in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "words"),
+    [("no/such/file.gguf", 1, "does not exist"), ("gemma-3-271m", 2, "gemma-3-270m"), ("gemma-3-27b", 1, "no weights")],
+)
+def test_models_that_are_not_there_are_refused(run, model, code, words):
+    for verb in (["generate", "x", "--model"], ["inspect"]):
+        if verb == ["inspect"] and model == "gemma-3-27b":
+            continue  # its config is known
+        got, _, err = run(*verb, model, model=False)
+        assert (got, words in err) == (code, True), err
+
+
+def test_damaged_files_are_code_1(run, tmp_path):
+    path = tmp_path / "x.gguf"
+    path.write_text("a text, not a model, though its name says so")
+    for verb in (["generate", "x", "--model"], ["inspect"]):
+        code, _, err = run(*verb, str(path), model=False)
+        assert code == 1
+        assert "not a GGUF" in err
+
+
+def test_debug_shows_the_traceback(run):
+    assert "Traceback" in run("generate", "x", "--top-p", "1.5", "--debug")[2]
+
+
+@pytest.mark.parametrize("verb", [[], ["generate"], ["chat"], ["score"], ["inspect"]])
+def test_help_explains_every_verb(run, verb):
+    code, out, _ = run(*verb, "--help", model=False)
+    assert code == 0
+    assert "usage: gemma-jax" in out
+
+
+def test_an_unknown_verb_is_bad_usage(run):
+    code, _, err = run("sing", model=False)
+    assert code == 2
+    assert "generate" in err

@@ -1,0 +1,141 @@
+import json
+import shutil
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import gemma_jax as gj
+from gemma_checkpoints import CheckpointError
+from gemma_jax.configs.config import ConfigError
+
+TOKENS = np.array([[2, 300, 17, 340, 5, 9, 9, 120, 33, 200, 7, 8]])
+
+
+@pytest.fixture
+def folder(model_folder, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(model_folder, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def wanted(saved_model, forward):
+    return np.asarray(forward(saved_model, jnp.asarray(TOKENS), None))
+
+
+def test_a_folder_gives_the_model_that_was_saved(model_folder, saved_model, wanted):
+    gemma = gj.load(model_folder)
+    assert gemma.config == saved_model.config.replace("name", "tiny-model")
+    np.testing.assert_allclose(gemma.logits(TOKENS), wanted, atol=1e-5, rtol=0)
+    assert gemma.generate("hello world", max_new_tokens=3).prompt_tokens == 3
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_multimodal_folder_in_shards(
+    folder, saved_model, config_json, huggingface_tensors, wanted, prefix
+):
+    tensors = huggingface_tensors(saved_model, prefix)
+    tensors |= {"vision_tower.vision_model.x": np.zeros(3, np.float32)}
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    for shard, part in (("a.safetensors", names[::2]), ("b.safetensors", names[1::2])):
+        save_file({name: tensors[name] for name in part}, folder / shard)
+    index = {name: ("a" if i % 2 == 0 else "b") + ".safetensors" for i, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    text = {**config_json, "model_type": "gemma3_text"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    np.testing.assert_allclose(gj.load(folder).logits(TOKENS), wanted, atol=1e-5, rtol=0)
+
+
+def test_weights_take_the_dtype_and_sharding_asked_for(model_folder, wanted):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    seen = []
+
+    def place(dims, shape):
+        seen.append((dims, shape))
+        return sharding
+
+    gemma = gj.load(model_folder, dtype="bfloat16", sharding=place)
+    leaves = jax.tree.leaves(gemma.model)
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("bfloat16")}
+    assert len(seen) == len(leaves)
+    assert np.abs(gemma.logits(TOKENS) - wanted).max() < 0.3  # 8 bits of mantissa, logits of order 3
+    with pytest.raises(ValueError, match="'float16'; wanted 'auto'"):
+        gj.load(model_folder, dtype="float16")
+
+
+def test_overrides_change_the_model_and_bad_ones_are_refused(model_folder, wanted):
+    gemma = gj.load(model_folder, overrides={"attention.local.window": 2})
+    assert np.abs(gemma.logits(TOKENS) - wanted).max() > 1e-3
+    with pytest.raises(ConfigError, match="windows"):
+        gj.load(model_folder, overrides=["attention.local.windows=2"])
+    with pytest.raises(CheckpointError, match=r"mlp.up_proj.weight' has shape"):
+        gj.load(model_folder, overrides=["layers.1.ffw_width=50"])
+
+
+def test_a_folder_without_tokenizer_files_works_on_ids(folder, wanted):
+    (folder / "tokenizer.json").unlink()
+    gemma = gj.load(folder)
+    assert gemma.tokenizer is None
+    assert gemma.generate([2, 5], max_new_tokens=2).text is None
+    with pytest.raises(ValueError, match="without a tokenizer"):
+        gemma.generate("text")
+
+
+def test_a_missing_tensor_and_a_cut_file_are_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"'layers\.1\.mlp\.up_proj\.weight' is missing"):
+        gj.load(folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cut off"):
+        gj.load(folder)
+
+
+def test_a_folder_without_config_or_of_another_family_is_refused(folder):
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match="'llama'"):
+        gj.load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        gj.load(folder)
+
+
+def gguf_of(architecture: str) -> bytes:
+    key, value = b"general.architecture", architecture.encode()
+    return b"".join(
+        [
+            b"GGUF" + struct.pack("<IQQ", 3, 0, 1),
+            struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, len(value)) + value,
+            bytes(64),
+        ]
+    )
+
+
+def test_a_gguf_of_another_architecture_and_a_text_named_gguf_are_refused(tmp_path):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(gguf_of("llama"))
+    with pytest.raises(ConfigError, match="'llama'"):
+        gj.load(path)
+    path.write_text("Once upon a time there was no model.")
+    with pytest.raises(CheckpointError, match="not a GGUF"):
+        gj.load(path)
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "words"),
+    [
+        ("gemma-3-271m", ConfigError, "gemma-3-270m"),
+        ("gemma-3-27b", FileNotFoundError, "no weights for 'gemma-3-27b'"),
+        ("gemma-3-270m-it", FileNotFoundError, "no weights"),
+        ("nowhere/model.gguf", FileNotFoundError, r"nowhere/model\.gguf does not exist"),
+    ],
+)
+def test_what_is_not_there_is_refused_with_what_to_do(source, error, words):
+    with pytest.raises(error, match=words):
+        gj.load(source)
