@@ -58,14 +58,19 @@ class Drawn:
     top_ids: jax.Array | None = None  # int32 [B, n, k]
 
 
-@functools.partial(jax.jit, donate_argnames=("cache", "last"))
+@functools.partial(jax.jit, static_argnames="is_first", donate_argnames=("cache", "last"))
 def prefill_chunk(
-    model: Decoder, tokens: Int[Array, "B T"], counts: Int[Array, " B"], cache: Cache, last: Float[Array, "B D"]
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    counts: Int[Array, " B"],
+    cache: Cache,
+    last: Float[Array, "B D"],
+    is_first: bool,
 ) -> tuple[Cache, Float[Array, "B D"]]:
     """Adds the first `counts` tokens of each row to the cache; `last` keeps each row's newest hidden vector."""
     column = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     positions = jnp.where(column < counts[:, None], cache.lengths[:, None] + column, -1)
-    x, cache_after = model.hidden(tokens, Places(positions), cache)
+    x, cache_after = model.hidden(tokens, Places(positions), cache, is_cache_empty=is_first)
     assert cache_after is not None
     newest = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
     return cache_after, jnp.where((counts > 0)[:, None], newest, last)
@@ -180,7 +185,7 @@ def prefill(
     start = 0
     for size in chunk_sizes(int(lengths.max()), chunk):
         counts = np.clip(lengths - start, 0, size).astype(np.int32)
-        cache, last = prefill_chunk(model, tokens[:, start : start + size], counts, cache, last)
+        cache, last = prefill_chunk(model, tokens[:, start : start + size], counts, cache, last, start == 0)
         start += size
     return cache, last
 

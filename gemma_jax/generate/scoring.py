@@ -36,14 +36,19 @@ class Score:
         return math.exp(self.nll)
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="is_first", donate_argnames="cache")
 def score_chunk(
-    model: Decoder, tokens: Int[Array, "1 T"], targets: Int[Array, "1 T"], count: Int[Array, ""], cache: Cache
+    model: Decoder,
+    tokens: Int[Array, "1 T"],
+    targets: Int[Array, "1 T"],
+    count: Int[Array, ""],
+    cache: Cache,
+    is_first: bool,
 ) -> tuple[Cache, Float[Array, " T"]]:
     """Log-probability of each target after its token; only the first `count` columns are real."""
     column = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     positions = jnp.where(column < count, cache.lengths[:, None] + column, -1)
-    x, cache_after = model.hidden(tokens, Places(positions), cache)
+    x, cache_after = model.hidden(tokens, Places(positions), cache, is_cache_empty=is_first)
     assert cache_after is not None
     rows = math.gcd(tokens.shape[1], LOGIT_ROWS)
 
@@ -68,7 +73,7 @@ def score(model: Decoder, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> 
     for size in chunk_sizes(len(tokens) - 1, chunk):
         count = min(size, len(tokens) - 1 - start)
         inputs, targets = padded[:, start : start + size], padded[:, start + 1 : start + 1 + size]
-        cache, values = score_chunk(model, inputs, targets, np.int32(count), cache)
+        cache, values = score_chunk(model, inputs, targets, np.int32(count), cache, start == 0)
         logprobs += np.asarray(values[:count]).tolist()
         start += size
     return Score([int(token) for token in tokens], logprobs)

@@ -92,13 +92,14 @@ class Decoder(Stem):
         return self.logits(self.hidden(tokens, where or Places.plain(*tokens.shape))[0])
 
     def hidden(
-        self, tokens: Int[Array, "B T"], where: Places, cache: Cache | None = None
+        self, tokens: Int[Array, "B T"], where: Places, cache: Cache | None = None, *, is_cache_empty: bool = False
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The last hidden vectors, after the final norm, and the cache with the real tokens at hand added.
 
         With a cache, `where.positions` must go on from `cache.lengths`, real tokens first in each row.
+        `is_cache_empty` promises that these are 0: the first chunk of a prompt then need not look at empty slots.
         """
-        states, cache = self._run(self.embed(tokens), where, cache)
+        states, cache = self._run(self.embed(tokens), where, cache, is_cache_empty)
         return self.final_norm(states[-1]), cache
 
     def hidden_states(self, tokens: Int[Array, "B T"], where: Places) -> Float[Array, "L+1 B T D"]:
@@ -106,11 +107,13 @@ class Decoder(Stem):
         states, _ = self._run(self.embed(tokens), where, None)
         return jnp.stack([*states[:-1], self.final_norm(states[-1])])
 
-    def _run(self, x: jax.Array, where: Places, cache: Cache | None) -> tuple[list[jax.Array], Cache | None]:
+    def _run(
+        self, x: jax.Array, where: Places, cache: Cache | None, is_cache_empty: bool = False
+    ) -> tuple[list[jax.Array], Cache | None]:
         states, fresh = [x], []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                if cache is None:
+                if cache is None or is_cache_empty:
                     x, keys_values = layer(x, where)
                 else:
                     x, keys_values = layer(x, where, cache.layers[i], cache.lengths)
