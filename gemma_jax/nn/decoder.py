@@ -121,8 +121,6 @@ class Decoder(Stem):
             fresh.append(keys_values)
         if cache is None:
             return states, None
-        # stored only now, when all is read: so XLA writes in place
-        states[-1], fresh = jax.lax.optimization_barrier((states[-1], fresh))
         layers = [
             store(old, keys, values, where, cache.lengths)
             for old, (keys, values) in zip(cache.layers, fresh, strict=True)
