@@ -89,7 +89,7 @@ def programs(config: DecoderConfig, dtype: str, tokens: int, capacity: int) -> d
     def prefill() -> Times:
         count = jax.ShapeDtypeStruct((1,), jnp.int32)
         last = jax.ShapeDtypeStruct((1, config.width), jnp.dtype(dtype))
-        return timed_compile(engine.prefill_chunk, decoder(), ids, count, cache(), last)
+        return timed_compile(engine.prefill_chunk, decoder(), ids, count, cache(), last, is_first=False)
 
     def decode() -> Times:
         one = jax.ShapeDtypeStruct((1,), jnp.int32)
