@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gemma_jax.configs.config import AttentionKind, DecoderConfig, LayerSpec
-from gemma_jax.nn.cache import Fresh, LayerCache, slot_places
+from gemma_jax.nn.cache import LayerCache, advance, slot_places, store
 from gemma_jax.nn.layers import PLAIN_LAYOUT, Layout, RMSNorm, dimension_sizes, softcap, weight
 from gemma_jax.nn.masks import Places, visible
 from gemma_jax.nn.rope import rope
@@ -36,15 +36,11 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm("H", self.config.head_dim, config.norm, dtype)
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        where: Places,
-        cache: LayerCache | None,
-        lengths: Int[Array, " B"] | None,
-    ) -> tuple[Float[Array, "B T D"], Fresh]:
-        """Attends to `x` itself, or with a cache (and the number of tokens in it) to all that came before too.
+        self, x: Float[Array, "B T D"], where: Places, cache: LayerCache | None, lengths: Int[Array, " B"] | None
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Attends to `x` itself, or with a cache to all that came before too, and gives the cache with `x` in it.
 
-        Also gives the keys and values of `x`; the caller stores them.
+        `lengths` is the number of tokens in the cache; None promises that it is empty.
         """
         q, k, v = self._project(x)
         if self.config.has_qk_norm:
@@ -52,14 +48,23 @@ class Attention(nnx.Module):
         q, k = (rope(a, where.positions, self.kind.rope_theta, self.kind.rope_scale) for a in (q, k))
         q = q * self.config.query_scale
         look = Look(self.kind, self.config.is_causal, self.config.softcap)
-        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        if cache is None or lengths is None:
-            out = look.at(q, keys, values, where, where)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        if cache is None:
+            out = look.at(q, k, v, where, where)
+        elif lengths is None:
+            out = look.at(q, k, v, where, where)
+            cache = store(cache, k, v, where, jnp.zeros((x.shape[0],), jnp.int32))
+        elif x.shape[1] == 1:
+            # Written before it is read: the slot that a token takes in a ring is the one it no longer sees, and XLA
+            # writes in place only what is not read before.
+            cache = store(cache, k, v, where, lengths)
+            out = look.within(q, cache, where, advance(lengths, where))
         else:
-            out = look.back(q, keys, values, where, cache, lengths)
+            out = look.back(q, k, v, where, cache, lengths)
+            cache = store(cache, k, v, where, lengths)
         # as one matrix: of a product over N and H XLA on CPU makes one over H and N, and copies the weight each time
         out = out.reshape(*out.shape[:2], -1)
-        return out @ self.w_o[...].reshape(out.shape[-1], -1), (k, v)
+        return out @ self.w_o[...].reshape(out.shape[-1], -1), cache
 
     def _project(self, x: Float[Array, "B T D"]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H]."""
@@ -121,30 +126,44 @@ class Look:
         """Softmax over what a cache holds and over the new keys. The cache is read before they are stored in it: in a
         ring they may overwrite slots that their own first queries still see.
         """
-        slots = cache.keys.shape[2]
-        stored = slot_places(lengths, slots)
+        stored = slot_places(lengths, cache.keys.shape[2])
         k, v = k.astype(cache.keys.dtype), v.astype(cache.values.dtype)
         q, own = _grouped(q, k.shape[1]), visible(where, where, self.window, self.is_causal)
-        if slots > BLOCK and slots % BLOCK == 0 and self.window is None:
-            return _ungrouped(self._along(q, (k, v, own), cache, where, stored, lengths)).astype(q.dtype)
+        if self._is_long(cache):
+            return _ungrouped(self._along(q, cache, where, stored, lengths, (k, v, own))).astype(v.dtype)
         seen = visible(where, stored, self.window, self.is_causal)
         logits = jnp.concatenate([self._logits(q, cache.keys, seen), self._logits(q, k, own)], axis=-1)
-        before, now = jnp.split(jax.nn.softmax(logits, axis=-1).astype(v.dtype), [slots], axis=-1)
+        before, now = jnp.split(jax.nn.softmax(logits, axis=-1).astype(v.dtype), [seen.shape[-1]], axis=-1)
         out = jnp.einsum("BKGTS,BKSH->BKGTH", before, cache.values) + jnp.einsum("BKGTS,BKSH->BKGTH", now, v)
         return _ungrouped(out)
+
+    def within(
+        self, q: Float[Array, "B T N H"], cache: LayerCache, where: Places, lengths: Int[Array, " B"]
+    ) -> Float[Array, "B T N H"]:
+        """Softmax over what a cache holds, the new keys among it."""
+        stored = slot_places(lengths, cache.keys.shape[2])
+        if self._is_long(cache):
+            out = self._along(_grouped(q, cache.keys.shape[1]), cache, where, stored, lengths)
+            return _ungrouped(out).astype(cache.values.dtype)
+        return self._direct(q, cache.keys, cache.values, visible(where, stored, self.window, self.is_causal))
+
+    def _is_long(self, cache: LayerCache) -> bool:
+        slots = cache.keys.shape[2]
+        return self.window is None and slots > BLOCK and slots % BLOCK == 0
 
     def _along(
         self,
         q: Float[Array, "B K G T H"],
-        new: tuple[jax.Array, jax.Array, jax.Array],
         cache: LayerCache,
         where: Places,
         stored: Places,
         lengths: Int[Array, " B"],
+        new: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     ) -> Float[Array, "B K G T H"]:
         """The same for a long cache, BLOCK of its keys at a time: work and memory follow the real length.
 
-        The running maximum and sum are those of online softmax (arXiv:1805.02867).
+        `new` are keys and values that are not in the cache, and their mask. The running maximum and sum are those of
+        online softmax (arXiv:1805.02867).
         """
 
         def add(state: tuple[jax.Array, jax.Array, jax.Array], keys: jax.Array, values: jax.Array, mask: jax.Array):
@@ -168,7 +187,8 @@ class Look:
         rows = q.shape[:-1]
         start = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(q.shape))
         num_blocks = (jnp.max(lengths) + BLOCK - 1) // BLOCK
-        _, total, out = jax.lax.fori_loop(0, num_blocks, block, add(start, *new))
+        start = start if new is None else add(start, *new)
+        _, total, out = jax.lax.fori_loop(0, num_blocks, block, start)
         return out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
 
 

@@ -24,9 +24,6 @@ class LayerCache:
     values: jax.Array  # [B, K, S, H]
 
 
-Fresh = tuple[jax.Array, jax.Array]  # keys and values of new tokens, [B, T, K, H] each
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
@@ -73,44 +70,52 @@ def advance(lengths: Int[Array, " B"], where: Places) -> Int[Array, " B"]:
 
 def store(
     cache: LayerCache,
-    keys: Float[Array, "B T K H"],
-    values: Float[Array, "B T K H"],
+    keys: Float[Array, "B K T H"],
+    values: Float[Array, "B K T H"],
     where: Places,
     lengths: Int[Array, " B"],
 ) -> LayerCache:
-    """Writes the new tokens into their slots. Real tokens stand first in a row; padding (position -1) is not written.
+    """Writes the new tokens into their slots. Real tokens stand first in a row; padding (position -1) leaves no trace
+    that a later token could see.
 
     `lengths` is the number of tokens stored before. When more tokens come than there are slots the last ones stay.
     """
     slots = cache.keys.shape[2]
-    if keys.shape[1] == 1:
-        return _store_one(cache, keys, values, where, slots)
+    if keys.shape[2] == 1:
+        return _store_one(cache, keys, values, where, lengths)
     # Seen from a slot: which of the new tokens does it hold afterwards, if any? Works for any T, wrap and padding.
     held = slot_places(advance(lengths, where), slots).positions
     index = held - lengths[:, None]
     is_new = (index >= 0)[:, None, :, None]
-    index = jnp.clip(index, 0, keys.shape[1] - 1)[:, None, :, None]
+    index = jnp.clip(index, 0, keys.shape[2] - 1)[:, None, :, None]
 
     def renewed(old: jax.Array, new: jax.Array) -> jax.Array:
-        new = jnp.take_along_axis(new.swapaxes(1, 2), index, axis=2)
+        new = jnp.take_along_axis(new, index, axis=2)
         return jnp.where(is_new, new.astype(old.dtype), old)
 
     return LayerCache(renewed(cache.keys, keys), renewed(cache.values, values))
 
 
-def _store_one(cache: LayerCache, keys: jax.Array, values: jax.Array, where: Places, slots: int) -> LayerCache:
-    """One token a row, as rows of a matrix: of a scatter into four dimensions XLA on CPU makes two whole copies."""
-    batch, heads = keys.shape[0], keys.shape[2]
-    first = jnp.arange(batch * heads) * slots
-    position = jnp.repeat(where.positions[:, 0], heads)
-    index = jnp.where(position >= 0, first + position % slots, batch * heads * slots)  # padding: outside, dropped
+def _store_one(cache: LayerCache, keys: jax.Array, values: jax.Array, where: Places, lengths: jax.Array) -> LayerCache:
+    """One token a row, row by row up to the last real one; padding before it is written too.
 
-    def written(old: jax.Array, new: jax.Array) -> jax.Array:
-        flat = old.reshape(-1, old.shape[-1])
-        new = new.reshape(-1, old.shape[-1]).astype(old.dtype)
-        return flat.at[index].set(new, mode="drop", unique_indices=True).reshape(old.shape)
+    That does no harm: what stands in the slot of a row's next token, no token sees from then on.
+    A loop that reads nothing of the cache is the form that XLA on CPU runs in place: of a scatter, or of writes that it
+    may fuse, it makes whole copies of the cache, at every step.
+    """
+    slots, new = cache.keys.shape[2], (keys.astype(cache.keys.dtype), values.astype(cache.values.dtype))
 
-    return LayerCache(written(cache.keys, keys), written(cache.values, values))
+    def row(b: jax.Array, stored: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        at = (b, 0, lengths[b] % slots, 0)
+        first, second = (
+            jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(one, b, 1), at)
+            for old, one in zip(stored, new, strict=True)
+        )
+        return first, second
+
+    rows = jnp.arange(1, lengths.shape[0] + 1)
+    last = jnp.max(jnp.where(where.positions[:, 0] >= 0, rows, 0))
+    return LayerCache(*jax.lax.fori_loop(0, last, row, (cache.keys, cache.values)))
 
 
 def capacity_bucket(tokens: int) -> int:

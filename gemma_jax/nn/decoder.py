@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from gemma_jax.configs.config import ConfigError, DecoderConfig, LayerSpec
 from gemma_jax.nn.attention import Attention
-from gemma_jax.nn.cache import Cache, Fresh, LayerCache, advance, store
+from gemma_jax.nn.cache import Cache, LayerCache, advance
 from gemma_jax.nn.layers import PLAIN_LAYOUT, GatedMLP, Layout, RMSNorm, Table, softcap
 from gemma_jax.nn.masks import Places
 
@@ -34,11 +34,19 @@ class Layer(nnx.Module):
         where: Places,
         cache: LayerCache | None = None,
         lengths: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Fresh]:
-        attended, fresh = self.attn(self.pre_attention_norm(x), where, cache, lengths)
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        attended, cache = self.attn(self.pre_attention_norm(x), where, cache, lengths)
         x = x + (self.post_attention_norm(attended) if self.has_post_norms else attended)
         mixed = self.mlp(self.pre_ffw_norm(x))
-        return x + (self.post_ffw_norm(mixed) if self.has_post_norms else mixed), fresh
+        return x + (self.post_ffw_norm(mixed) if self.has_post_norms else mixed), cache
+
+
+@jax.jit
+def _apply(
+    layer: Layer, x: jax.Array, where: Places, cache: LayerCache | None, lengths: jax.Array | None
+) -> tuple[jax.Array, LayerCache | None]:
+    """Calls a layer. Of equal layers only the first is traced; XLA puts the calls in line again."""
+    return layer(x, where, cache, lengths)
 
 
 class Stem(nnx.Module):
@@ -110,22 +118,14 @@ class Decoder(Stem):
     def _run(
         self, x: jax.Array, where: Places, cache: Cache | None, is_cache_empty: bool = False
     ) -> tuple[list[jax.Array], Cache | None]:
-        states, fresh = [x], []
+        states, caches = [x], []
+        lengths = None if cache is None or is_cache_empty else cache.lengths
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                if cache is None or is_cache_empty:
-                    x, keys_values = layer(x, where)
-                else:
-                    x, keys_values = layer(x, where, cache.layers[i], cache.lengths)
+                x, layer_cache = _apply(layer, x, where, None if cache is None else cache.layers[i], lengths)
             states.append(x)
-            fresh.append(keys_values)
-        if cache is None:
-            return states, None
-        layers = [
-            store(old, keys, values, where, cache.lengths)
-            for old, (keys, values) in zip(cache.layers, fresh, strict=True)
-        ]
-        return states, Cache(tuple(layers), advance(cache.lengths, where))
+            caches.append(layer_cache)
+        return states, None if cache is None else Cache(tuple(caches), advance(cache.lengths, where))
 
 
 def refuse_unbuilt(config: DecoderConfig) -> None:

@@ -4,6 +4,7 @@ SentencePiece does the encoding; what differs between files is only how pieces, 
 that a GGUF needs are made here (gemma3.md section 6.1), and here it is decided which pieces are control-like.
 """
 
+import collections
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,13 @@ class Vocabulary:
             raise TokenizerError(f"the vocabulary has piece types {sorted(unknown)}; SentencePiece knows 1 to 6")
         if (num_bytes := int(np.count_nonzero(self.types == PieceType.BYTE))) != 256:
             raise TokenizerError(f"the vocabulary has {num_bytes} byte pieces; Gemma's has all 256, for byte fallback")
+        # UTF-8 takes at most 4 bytes a character
+        sizes = [len(piece.encode()) for piece in self.pieces if len(piece) > _LONGEST_PIECE // 4]
+        if (longest := max(sizes, default=0)) > _LONGEST_PIECE:
+            raise TokenizerError(f"a piece has {longest} bytes; the longest that is taken here has {_LONGEST_PIECE}")
+        if len(set(self.pieces)) < len(self.pieces):
+            twice = collections.Counter(self.pieces).most_common(1)[0][0]
+            raise TokenizerError(f"the vocabulary has the piece {twice!r} twice; ids must be unique")
         for name in (PAD, EOS, BOS, UNKNOWN, END_OF_TURN):
             if name not in self.pieces:
                 raise TokenizerError(f"the vocabulary has no piece {name!r}; this is not a Gemma tokenizer")
@@ -143,10 +151,6 @@ def serialise(vocabulary: Vocabulary, unmatched: Iterable[int] = ()) -> bytes:
     character = np.append(np.flatnonzero((text & 0xC0) != 0x80), len(text))  # byte offset of each character
     ends = character[np.cumsum(np.fromiter(map(len, vocabulary.pieces), np.int64, len(vocabulary.pieces)))]
     lengths = np.diff(ends, prepend=0)
-    if lengths.max(initial=0) > _LONGEST_PIECE:
-        raise TokenizerError(
-            f"a piece of {lengths.max()} bytes; the longest SentencePiece takes here is {_LONGEST_PIECE}"
-        )
     types = vocabulary.types.copy()
     types[list(unmatched)] = PieceType.UNUSED
     head, tail = 6, 7  # bytes before and after each text

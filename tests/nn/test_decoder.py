@@ -141,3 +141,22 @@ def test_ingredients_of_gemma_3n_are_refused_by_name(make_config):
     config = make_config(num_layers=1).replace("altup", AltUpConfig())
     with pytest.raises(ConfigError, match=r"altup.*Gemma 3n"):
         Decoder(config, rngs=nnx.Rngs(0))
+
+
+def test_a_row_that_sat_out_steps_goes_on_as_if_it_had_not(tiny_model, step):
+    """Beyond its window, while its neighbour goes on: what padding leaves in a cache, no token sees."""
+    tokens = jax.random.randint(jax.random.key(3), (2, 16), 0, tiny_model.config.vocab_size)
+    cache = empty_cache(tiny_model.config, 2, 32, "float32")
+    _, prompt = step(tiny_model, tokens[:, :11], Places.plain(2, 11), cache)
+
+    def last_logits(turns):
+        at, cache, logits = np.array([11, 11]), prompt, None
+        for turn in turns:
+            positions = jnp.asarray(np.where(turn, at, -1)[:, None], jnp.int32)
+            logits, cache = step(tiny_model, tokens[jnp.arange(2), at][:, None], Places(positions), cache)
+            at = at + turn
+        return np.asarray(logits)[0]
+
+    row, other, both = np.array([1, 0]), np.array([0, 1]), np.array([1, 1])
+    np.testing.assert_array_equal(last_logits([row, other, other, row]), last_logits([row, row]))
+    np.testing.assert_array_equal(last_logits([both, other, row]), last_logits([both, both]))
