@@ -6,7 +6,11 @@ cd "$(dirname "$0")"
 
 venv() {  # venv NAME PYTHON: false if it is there already
   if [ -x ".venvs/$1/bin/python" ]; then echo "$1: .venvs/$1 is there already"; return 1; fi
-  command -v "$2" > /dev/null || { echo "$1: needs $2, which is not on the PATH" >&2; exit 1; }
+  # a pyenv shim is on the PATH even where its version is not chosen, so the python is tried
+  "$2" -c "" 2> /dev/null || {
+    echo "$1: $2 does not run; name one: PYTHON_$(echo "$1" | tr '[:lower:]' '[:upper:]')=/path/to/$2 $0 $1" >&2
+    exit 1
+  }
   echo "$1: making .venvs/$1 with $2"
   "$2" -m venv ".venvs/$1"
   ".venvs/$1/bin/python" -m pip install --quiet --upgrade pip
