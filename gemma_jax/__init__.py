@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gemma_jax.configs.config import ConfigError, DecoderConfig
+    from gemma_jax.conversion import convert
     from gemma_jax.generate.completion import Completion, Piece
     from gemma_jax.generate.sampling import SamplingParams
     from gemma_jax.loading import load
@@ -26,12 +27,13 @@ _PUBLIC = {
     "Piece": "generate.completion",
     "SamplingParams": "generate.sampling",
     "Tokenizer": "text.tokenizer",
+    "convert": "conversion",
     "load": "loading",
 }
 
 __all__ = [
     "ChatError", "Completion", "ConfigError", "Decoder", "DecoderConfig", "Gemma", "Piece", "SamplingParams",
-    "Tokenizer", "load",
+    "Tokenizer", "convert", "load",
 ]  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from flax import nnx
 from tqdm import tqdm
 
 import gemma_checkpoints
-from gemma_checkpoints import CheckpointError, Reader, names
-from gemma_jax import configs
+from gemma_checkpoints import CheckpointError, GGUFReader, Reader, names
+from gemma_jax import configs, export
 from gemma_jax.configs import overrides as config_overrides
 from gemma_jax.configs.config import DecoderConfig
 from gemma_jax.configs.gguf import from_gguf
@@ -124,12 +124,12 @@ def read_config(reader: Reader, path: Path) -> DecoderConfig:
     if not reader.metadata:
         raise CheckpointError(f"{path} has no config.json; it says how the weights are to be used")
     name = path.stem if path.is_file() else path.resolve().name
-    return _reading(reader)[1](reader.metadata, name=name)
+    return (from_gguf if format_of(reader) == "gguf" else from_huggingface)(reader.metadata, name=name)
 
 
-def _reading(reader: Reader) -> tuple[str, Callable[..., DecoderConfig]]:
-    is_gguf = "general.architecture" in reader.metadata
-    return ("gguf", from_gguf) if is_gguf else ("huggingface", from_huggingface)
+def format_of(reader: Reader) -> str:
+    """ "gguf" or "huggingface", as name tables call them."""
+    return "gguf" if isinstance(reader, GGUFReader) else "huggingface"
 
 
 def read_weights(
@@ -139,13 +139,7 @@ def read_weights(
     layout = CPU_LAYOUT if jax.default_backend() == "cpu" else PLAIN_LAYOUT
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, layout=layout))
     places = weights(model)
-    table = names.decoder(
-        _reading(reader)[0],
-        config.num_layers,
-        has_qk_norm=config.attention.has_qk_norm,
-        has_post_norms=config.norm.has_post_norms,
-        has_tied_head=config.has_tied_head,
-    )
+    table = export.table(format_of(reader), config)
     missing = Counter(place.name for place in places.values())
     buffers: dict[str, np.ndarray] = {}  # by parameter; a fused one waits for all its weights
 

@@ -1,6 +1,7 @@
 """`Gemma`: a config, its weights and a tokenizer. The object users hold."""
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from gemma_jax import export
 from gemma_jax.configs.config import DecoderConfig
+from gemma_jax.export import Precision
 from gemma_jax.generate import scoring
 from gemma_jax.generate.completion import Completion, Piece, answers, complete, pieces
 from gemma_jax.generate.engine import Session, check_ids
@@ -17,6 +20,7 @@ from gemma_jax.generate.sampling import SamplingParams
 from gemma_jax.generate.scoring import Score
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.masks import Places
+from gemma_jax.nn.paths import weights
 from gemma_jax.text.chat import encode_chat
 from gemma_jax.text.tokenizer import Tokenizer
 
@@ -101,6 +105,24 @@ class Gemma:
     def score(self, prompt: Prompt) -> Score:
         """Log-probability of each token of a text (or list of ids) given those before, mean nll and perplexity."""
         return scoring.score(self.model, self._ids(prompt))
+
+    def save(
+        self, destination: str | os.PathLike, *, format: str, dtype: str | None = None, quantize: str | None = None
+    ) -> None:
+        """Writes weights, config and tokenizer as a new Hugging Face folder ("huggingface") or .gguf file ("gguf").
+
+        `dtype` is "float32" or "bfloat16" (None: the model's own), `quantize` as for `gemma_jax.convert`. The
+        destination is absent or whole, whatever happens. Raises FileExistsError if it is there; ConfigError for a
+        model that the format cannot describe; ValueError.
+        """
+        precision = Precision(dtype or self.model.final_norm.scale.dtype.name, quantize)
+        places = weights(self.model)
+        shapes = {path: place.shape for path, place in places.items()}
+        with export.writer(destination, format, self.config, shapes, precision, self.tokenizer) as writer:
+            table = export.table(format, self.config)
+            for entry in table.entries:
+                place = places[entry.path]
+                writer.put(table.written(entry), entry.stored(place.view(np.asarray(place.param.get_raw_value()))))
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

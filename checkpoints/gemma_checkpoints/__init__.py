@@ -1,13 +1,19 @@
-"""Checkpoints of Gemma models: readers of files and tables of names. Knows numpy, no model code."""
+"""Checkpoints of Gemma models: readers and writers of files, and tables of names. Knows numpy, no model code."""
 
 import os
 from pathlib import Path
 
 from gemma_checkpoints.gguf import GGUFReader
+from gemma_checkpoints.gguf_writer import GGUFWriter
 from gemma_checkpoints.reader import CheckpointError, Reader, TensorInfo
 from gemma_checkpoints.safetensors import SafetensorsReader
+from gemma_checkpoints.safetensors_writer import SafetensorsWriter
+from gemma_checkpoints.writer import Layout, Writer
 
-__all__ = ["CheckpointError", "GGUFReader", "Reader", "SafetensorsReader", "TensorInfo", "open"]
+__all__ = [
+    "CheckpointError", "GGUFReader", "GGUFWriter", "Layout", "Reader", "SafetensorsReader", "SafetensorsWriter",
+    "TensorInfo", "Writer", "open",
+]  # fmt: skip
 
 
 def open(path: str | os.PathLike) -> Reader:

@@ -21,6 +21,13 @@ class Encoding:
     block: int
     size: int
     decode: Callable[[np.ndarray], np.ndarray]
+    encode: Callable[[np.ndarray], np.ndarray] | None = (
+        None  # float32 [n, block] -> uint8 [n, size]; None: never written
+    )
+
+    def num_bytes(self, num_values: int) -> int:
+        """Bytes that so many values take; the number is a multiple of `block`."""
+        return num_values // self.block * self.size
 
 
 def _plain(name: str, dtype: str) -> Encoding:
@@ -30,6 +37,13 @@ def _plain(name: str, dtype: str) -> Encoding:
 
 def _bfloat16(blocks: np.ndarray) -> np.ndarray:
     return (blocks.view("<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """To the nearest, ties to even; a NaN stays one."""
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype("<u2").view(np.uint8)
 
 
 def _columns(blocks: np.ndarray, *sizes: int) -> list[np.ndarray]:
@@ -73,6 +87,27 @@ def _scaled(scales: np.ndarray, q: np.ndarray) -> np.ndarray:
 def _q4_0(blocks: np.ndarray) -> np.ndarray:
     d, qs = _columns(blocks, 2)
     return _half(d) * _signed(_fields(qs, 16, 4), 8)
+
+
+def _to_q4_0(values: np.ndarray) -> np.ndarray:
+    """The first of the values farthest from zero becomes -8. All in float32, as the gguf library does."""
+    at = np.argmax(np.abs(values), axis=1, keepdims=True)
+    d = np.take_along_axis(values, at, axis=1) / np.float32(-8)
+    q = np.trunc(values * _inverse(d) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
+    return np.concatenate([d.astype("<f2").view(np.uint8), q[:, :16] | q[:, 16:] << 4], axis=1)
+
+
+def _to_q8_0(values: np.ndarray) -> np.ndarray:
+    d = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)
+    scaled = values * _inverse(d)
+    whole = np.trunc(scaled)
+    q = whole + np.trunc(2 * (scaled - whole))  # to the nearest, ties away from zero
+    return np.concatenate([d.astype("<f2").view(np.uint8), q.astype(np.int8).view(np.uint8)], axis=1)
+
+
+def _inverse(d: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.where(d == 0, np.float32(0), np.float32(1) / d)
 
 
 def _q4_1(blocks: np.ndarray) -> np.ndarray:
@@ -280,20 +315,22 @@ def _iq4_xs(blocks: np.ndarray) -> np.ndarray:
     return _scaled(_half(d) * _signed(_fields(low, 1, 4) | top << 4, 32), _NONLINEAR[_fields(qs, 16, 4)])
 
 
-F32, F16, F64 = _plain("F32", "<f4"), _plain("F16", "<f2"), _plain("F64", "<f8")
+F32 = Encoding("F32", 1, 4, lambda blocks: blocks.view("<f4"), lambda values: values.astype("<f4").view(np.uint8))
+F16, F64 = _plain("F16", "<f2"), _plain("F64", "<f8")
 I8, I16, I32, I64 = (_plain(name, f"<{name.lower()[0]}{int(name[1:]) // 8}") for name in ("I8", "I16", "I32", "I64"))
 U8, U16, U32, U64 = (_plain(name, f"<{name.lower()[0]}{int(name[1:]) // 8}") for name in ("U8", "U16", "U32", "U64"))
-BF16 = Encoding("BF16", 1, 2, _bfloat16)
+BF16 = Encoding("BF16", 1, 2, _bfloat16, _to_bfloat16)
+Q4_0, Q8_0 = Encoding("Q4_0", 32, 18, _q4_0, _to_q4_0), Encoding("Q8_0", 32, 34, _q8_0, _to_q8_0)
 
 # By the number that a GGUF file stores (ggml.h, enum ggml_type).
 GGML: dict[int, Encoding] = {
     0: F32,
     1: F16,
-    2: Encoding("Q4_0", 32, 18, _q4_0),
+    2: Q4_0,
     3: Encoding("Q4_1", 32, 20, _q4_1),
     6: Encoding("Q5_0", 32, 22, _q5_0),
     7: Encoding("Q5_1", 32, 24, _q5_1),
-    8: Encoding("Q8_0", 32, 34, _q8_0),
+    8: Q8_0,
     10: Encoding("Q2_K", 256, 84, _q2_k),
     11: Encoding("Q3_K", 256, 110, _q3_k),
     12: Encoding("Q4_K", 256, 144, _q4_k),

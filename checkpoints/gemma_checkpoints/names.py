@@ -35,6 +35,11 @@ class Entry:
         """An array of ours seen as the file stores it; writing to the view writes to the array."""
         return ours if self.num_inputs is None else ours.reshape(self.source_shape(ours.shape)[::-1]).T
 
+    def stored(self, ours: np.ndarray) -> np.ndarray:
+        """What the file holds for an array of ours."""
+        source = self.source_view(ours)
+        return source.astype(np.float32) - np.float32(self.offset) if self.offset else source
+
 
 # ours: (GGUF, Hugging Face, leading input dimensions; None is a norm)
 _LAYER: Mapping[str, tuple[str, str, int | None]] = {
@@ -59,10 +64,11 @@ _POST_NORMS = {
 # Gemma 1 has no norms after its blocks, and in Hugging Face's names the one before the ffw comes "after attention".
 _GEMMA1 = {"pre_ffw_norm/scale": ("ffn_norm", "post_attention_layernorm", None)}
 
+_TOWERS = r"(vision_tower|multi_modal_projector)\..*"
 # Tensors that may be in a file and are not read: by Hugging Face's name without prefix, and why.
 _IGNORED = {
     "huggingface": (
-        (r"(vision_tower|multi_modal_projector)\..*", "the text part is read"),
+        (_TOWERS, "the text part is read"),
         (r".*\.position_ids|.*rotary_emb\.inv_freq|.*\.embed_scale", "computed from the config"),
     ),
     "gguf": ((r"rope_freqs\.weight", "computed from the config"),),
@@ -82,8 +88,18 @@ class Table:
         """The name without what varies between a family's files."""
         return huggingface_name(name) if self.source == "huggingface" else name
 
+    def written(self, entry: Entry) -> str:
+        """The full name under which an entry is written: for Hugging Face in the style of text models."""
+        has_prefix = self.source == "huggingface" and not entry.source.startswith("lm_head.")
+        return f"model.{entry.source}" if has_prefix else entry.source
+
     def is_ignored(self, name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern, _ in self.ignored)
+
+    def left_out(self, reader: Reader) -> list[str]:
+        """The tensors of a file that are weights and that no entry reads: the vision tower of a multimodal model."""
+        is_tower = re.compile(_TOWERS).fullmatch
+        return [name for name in reader.tensors if is_tower(self.normalised(name))]
 
 
 def decoder(

@@ -1,5 +1,6 @@
 """What every format gives: metadata, a list of tensors, and each tensor decoded to where the caller wants it."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,6 +93,13 @@ class Reader:
                 values = self._piece(info, (first + row) * columns, (first + stop) * columns)
                 matrix[row:stop] = values.reshape(-1, columns)
         return out
+
+    def digest(self, name: str) -> str:
+        """BLAKE2b of a tensor's bytes as stored, in hexadecimal; see `Writer.digests`."""
+        info, digest = self.tensors[name], hashlib.blake2b()
+        for start in range(0, info.nbytes, PIECE_BYTES):
+            digest.update(self._bytes(info, info.offset + start, min(PIECE_BYTES, info.nbytes - start)))
+        return digest.hexdigest()
 
     def _piece(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
         block, size = info.encoding.block, info.encoding.size

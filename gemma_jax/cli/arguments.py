@@ -9,20 +9,21 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "gemma-3-270m"
 
 
-def verb(verbs: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-    """A verb's parser with the options that all have."""
+def verb(verbs: Any, name: str, run: Any, summary: str, *, has_overrides: bool = True) -> argparse.ArgumentParser:
+    """A verb's parser with the options that all have; without `--set` where no config is run."""
     parser = verbs.add_parser(name, help=summary, description=summary)
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="PATH=VALUE",
-        help="change the config, for example attention.local.window=256; may be repeated",
-    )
+    if has_overrides:
+        parser.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            dest="overrides",
+            metavar="PATH=VALUE",
+            help="change the config, for example attention.local.window=256; may be repeated",
+        )
     return parser
 
 

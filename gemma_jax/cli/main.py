@@ -9,9 +9,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from gemma_jax.cli import chat, generate, inspect, score
+from gemma_jax.cli import chat, convert, generate, inspect, score
 
-VERBS = (generate, chat, score, inspect)
+VERBS = (generate, chat, score, inspect, convert)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -212,6 +212,28 @@ def check(config: DecoderConfig) -> None:
         raise ConfigError(f"config {config.name!r} is impossible:\n  " + "\n  ".join(problems))
 
 
+def check_same(config: DecoderConfig, described: DecoderConfig, where: str) -> None:
+    """Raises ConfigError that names the fields in which `described`, read back from what a format can say, differs.
+
+    The vision tower is left out, it is no part of a text decoder; and so is `period`, which only says what is scanned.
+    """
+    wanted = dataclasses.replace(config, vision=None, period=described.period)
+    differences = list(_differences(dataclasses.asdict(wanted), dataclasses.asdict(described), ""))
+    if differences:
+        raise ConfigError(f"{where} cannot describe config {config.name!r}:\n  " + "\n  ".join(differences[:10]))
+
+
+def _differences(ours: Any, theirs: Any, path: str) -> Iterator[str]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key, value in ours.items():
+            yield from _differences(value, theirs[key], f"{path}.{key}".strip("._"))
+    elif isinstance(ours, tuple) and isinstance(theirs, tuple) and len(ours) == len(theirs):
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            yield from _differences(*pair, f"{path}.{i}")
+    elif ours != theirs:
+        yield f"{path} is {ours!r}; it would be read as {theirs!r}"
+
+
 def _positive(name: str, value: Any, whole: bool = True) -> Iterator[str]:
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value <= 0:

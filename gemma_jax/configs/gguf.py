@@ -1,9 +1,17 @@
-"""A decoder's config from the metadata of a GGUF file."""
+"""A decoder's config from the metadata of a GGUF file, and back."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_jax.configs.config import AttentionConfig, AttentionKind, ConfigError, DecoderConfig, LayerSpec, NormConfig
+from gemma_jax.configs.config import (
+    AttentionConfig,
+    AttentionKind,
+    ConfigError,
+    DecoderConfig,
+    LayerSpec,
+    NormConfig,
+    check_same,
+)
 from gemma_jax.configs.gemma3 import PADDED_VOCAB_SIZE, PERIOD, VOCAB_SIZE
 
 ARCHITECTURES = ("gemma3", "gemma2", "gemma")
@@ -85,3 +93,40 @@ def _layers(num_layers: int, ffw_width: Any, turn: int) -> tuple[LayerSpec, ...]
 def _short(value: float) -> float:
     """A float32 written as the decimal number it was meant to be: 9.999999974752427e-07 is 1e-06."""
     return float(f"{value:.7g}")
+
+
+def to_gguf(config: DecoderConfig) -> dict[str, Any]:
+    """The architecture's keys of a GGUF file, as llama.cpp reads them; the vocabulary's are not among them.
+
+    Raises ConfigError for a decoder that the format cannot describe: other bases of rope for local layers than 10,000,
+    another pattern of local layers than the family's, other query scales than llama.cpp supplies.
+    """
+    attention = config.attention
+    everywhere = attention.global_
+    family = "gemma3" if attention.has_qk_norm else "gemma2" if config.norm.has_post_norms else "gemma"
+    values: dict[str, Any] = {
+        "context_length": config.context,
+        "embedding_length": config.width,
+        "block_count": config.num_layers,
+        "feed_forward_length": config.layers[0].ffw_width,
+        "attention.head_count": attention.num_heads,
+        "attention.head_count_kv": attention.num_kv_heads,
+        "attention.key_length": attention.head_dim,
+        "attention.value_length": attention.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.norm.epsilon),
+        "rope.freq_base": float(everywhere.rope_theta),
+    }
+    if attention.local.window is not None:
+        values["attention.sliding_window"] = attention.local.window
+    if everywhere.rope_scale != 1.0:
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(everywhere.rope_scale)}
+    for key, value in (
+        ("attn_logit_softcapping", attention.softcap),
+        ("final_logit_softcapping", config.final_softcap),
+    ):
+        if value is not None:
+            values[key] = float(value)
+    keys = {"general.architecture": family, "general.name": config.name}
+    keys |= {f"{family}.{key}": value for key, value in values.items()}
+    check_same(config, from_gguf({**keys, f"{family}.vocab_size": config.vocab_size}, config.name), "a GGUF file")
+    return keys

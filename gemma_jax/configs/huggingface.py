@@ -1,9 +1,17 @@
-"""A decoder's config from Hugging Face's config.json, in the dialects of transformers 4 and 5."""
+"""A decoder's config from Hugging Face's config.json, in the dialects of transformers 4 and 5, and back."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_jax.configs.config import AttentionConfig, AttentionKind, ConfigError, DecoderConfig, LayerSpec, NormConfig
+from gemma_jax.configs.config import (
+    AttentionConfig,
+    AttentionKind,
+    ConfigError,
+    DecoderConfig,
+    LayerSpec,
+    NormConfig,
+    check_same,
+)
 from gemma_jax.configs.gemma3 import PADDED_VOCAB_SIZE, PERIOD, VOCAB_SIZE
 
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu", "relu": "relu"}
@@ -147,3 +155,54 @@ def _rope(rope: Mapping[str, Any], theta: float) -> tuple[float, float]:
     if kind not in ("default", "linear"):
         raise ConfigError(f"rope_type is {kind!r}; Gemma uses default and linear")
     return rope.get("rope_theta", theta), rope.get("factor", 1.0) if kind == "linear" else 1.0
+
+
+_NAMES = {"gemma3_text": "Gemma3ForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma": "GemmaForCausalLM"}
+_TOKENS = {"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0}  # 106 ends a turn
+
+
+def to_huggingface(config: DecoderConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of a text decoder, in the dialect of the releases, which transformers 4 and 5 read.
+
+    `dtype` is that of the weights. Raises ConfigError for a decoder that the format cannot describe.
+    """
+    attention = config.attention
+    local, everywhere = attention.local, attention.global_
+    family = "gemma3_text" if attention.has_qk_norm else "gemma2" if config.norm.has_post_norms else "gemma"
+    data: dict[str, Any] = {
+        "architectures": [_NAMES[family]],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": attention.head_dim,
+        "hidden_activation": {ours: theirs for theirs, ours in ACTIVATIONS.items()}[config.activation],
+        "hidden_size": config.width,
+        "initializer_range": 0.02,
+        "intermediate_size": config.layers[0].ffw_width,
+        "max_position_embeddings": config.context,
+        "model_type": family,
+        "num_attention_heads": attention.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": attention.num_kv_heads,
+        "rms_norm_eps": config.norm.epsilon,
+        "rope_theta": everywhere.rope_theta,
+        "tie_word_embeddings": config.has_tied_head,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+        **_TOKENS,
+    }
+    if family != "gemma":
+        data |= {
+            "attn_logit_softcapping": attention.softcap,
+            "final_logit_softcapping": config.final_softcap,
+            "layer_types": ["sliding_attention" if spec.is_local else "full_attention" for spec in config.layers],
+            "query_pre_attn_scalar": int(scalar) if (scalar := attention.query_pre_attn_scalar) % 1 == 0 else scalar,
+            "sliding_window": local.window,
+        }
+    if family == "gemma3_text":
+        scale = everywhere.rope_scale
+        data["rope_local_base_freq"] = local.rope_theta
+        data["rope_scaling"] = None if scale == 1.0 else {"factor": scale, "rope_type": "linear"}
+        data["use_bidirectional_attention"] = not attention.is_causal
+    check_same(config, from_huggingface(data, config.name), "config.json")
+    return data

@@ -36,7 +36,7 @@ class Tokenizer:
     """
 
     def __init__(self, vocabulary: Vocabulary):
-        self._vocabulary, self._pieces, self._types = vocabulary, vocabulary.pieces, vocabulary.types
+        self.vocabulary, self._pieces, self._types = vocabulary, vocabulary.pieces, vocabulary.types
         self.control_ids = vocabulary.control()
         self.pad_id, self.eos_id, self.bos_id, self.unk_id, self.end_of_turn_id = map(
             self.id_of, (PAD, EOS, BOS, UNKNOWN, END_OF_TURN)
@@ -46,7 +46,7 @@ class Tokenizer:
     def _plain(self) -> SentencePieceProcessor:
         """Made when first asked for, as the other: 50 MiB and a quarter of a second, and ids alone need neither."""
         unmatched = [i for i in self.control_ids.values() if self._types[i] == PieceType.USER_DEFINED]
-        return SentencePieceProcessor(model_proto=serialise(self._vocabulary, unmatched))
+        return SentencePieceProcessor(model_proto=serialise(self.vocabulary, unmatched))
 
     @functools.cached_property
     def _with_control(self) -> SentencePieceProcessor:
@@ -54,7 +54,7 @@ class Tokenizer:
         types = np.array(self._types)
         types[list(self.control_ids.values())] = PieceType.USER_DEFINED
         types[self._pieces.index(UNKNOWN)] = PieceType.UNKNOWN
-        return SentencePieceProcessor(model_proto=serialise(dataclasses.replace(self._vocabulary, types=types)))
+        return SentencePieceProcessor(model_proto=serialise(dataclasses.replace(self.vocabulary, types=types)))
 
     @classmethod
     def from_sentencepiece(cls, model: str | os.PathLike | bytes) -> "Tokenizer":

@@ -115,6 +115,35 @@ def gguf_vocabulary(metadata: Mapping[str, object]) -> Vocabulary:
     return Vocabulary(pieces, scores, types)
 
 
+def gguf_metadata(vocabulary: Vocabulary) -> dict[str, object]:
+    """The `tokenizer.ggml.*` keys that llama.cpp wants: the inverse of `gguf_vocabulary`, with its writer's changes.
+
+    Control-like pieces are marked CONTROL, so that llama.cpp too keeps them out of plain text.
+    """
+    types = vocabulary.types.astype(np.int32)
+    control = vocabulary.control()
+    types[list(control.values())] = PieceType.CONTROL
+    types[control[UNKNOWN]] = PieceType.UNKNOWN
+    user_defined = set(np.flatnonzero(vocabulary.types == PieceType.USER_DEFINED).tolist())
+    tokens = [p.replace(SPACE, " ") if i in user_defined else p for i, p in enumerate(vocabulary.pieces)]
+    is_plain = np.isin(vocabulary.types, (PieceType.NORMAL, PieceType.BYTE))
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": np.where(is_plain, vocabulary.scores, np.float32(-1000)).astype(np.float32),
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.bos_token_id": control[BOS],
+        "tokenizer.ggml.eos_token_id": control[EOS],
+        "tokenizer.ggml.eot_token_id": control[END_OF_TURN],
+        "tokenizer.ggml.unknown_token_id": control[UNKNOWN],
+        "tokenizer.ggml.padding_token_id": control[PAD],
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+
+
 def huggingface_vocabulary(data: Mapping) -> Vocabulary:
     """Reads the data of a tokenizer.json (format of the `tokenizers` library); merges in order become scores.
 

@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from gemma_jax.text.vocabulary import PieceType, gguf_vocabulary, is_control_like, serialise
+from gemma_jax.text.vocabulary import (
+    PieceType,
+    TokenizerError,
+    gguf_metadata,
+    gguf_vocabulary,
+    is_control_like,
+    serialise,
+)
 
 
 @pytest.mark.parametrize(
@@ -39,3 +46,18 @@ def test_the_model_written_is_read_back_by_protobuf(damaged_metadata):
     np.testing.assert_array_equal([piece.type for piece in proto.pieces], types)
     assert proto.trainer_spec.eos_piece == "<eos>"
     assert proto.trainer_spec.vocab_size == len(vocabulary.pieces)
+
+
+def test_the_metadata_written_for_gguf_is_read_back_as_the_same_vocabulary(damaged_metadata):
+    vocabulary = gguf_vocabulary(damaged_metadata)
+    again = gguf_vocabulary(gguf_metadata(vocabulary))
+    assert list(again.pieces) == list(vocabulary.pieces)
+    np.testing.assert_array_equal(again.scores, vocabulary.scores)
+    np.testing.assert_array_equal(again.types, vocabulary.types)
+
+
+def test_pieces_twice_or_too_long_are_refused(damaged_metadata):
+    tokens = list(damaged_metadata["tokenizer.ggml.tokens"])
+    for piece, problem in ((tokens[-2], "twice"), ("é" * 10_000, "20000 bytes")):
+        with pytest.raises(TokenizerError, match=problem):
+            gguf_vocabulary({**damaged_metadata, "tokenizer.ggml.tokens": [*tokens[:-1], piece]})

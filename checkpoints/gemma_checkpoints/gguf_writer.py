@@ -1,0 +1,92 @@
+"""Writes GGUF version 3. Source: docs/gguf.md of github.com/ggml-org/ggml."""
+
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_checkpoints.encodings import GGML
+from gemma_checkpoints.gguf import ARRAY, DEFAULT_ALIGNMENT, MAGIC, MAX_DIMENSIONS, NUMBERS, STRING
+from gemma_checkpoints.reader import CheckpointError
+from gemma_checkpoints.writer import Layout, Slot, Writer
+
+VERSION = 3
+_TYPE_OF_ENCODING = {encoding.name: number for number, encoding in GGML.items()}
+_TYPE_OF_DTYPE = {np.dtype(name): number for number, name in NUMBERS.items()}
+_UINT32, _INT32, _FLOAT32, _BOOL, _UINT64, _INT64 = 4, 5, 6, 7, 10, 11
+
+
+class GGUFWriter(Writer):
+    """A .gguf file that is being written. `metadata`: booleans, whole numbers, floats (stored as float32), texts, lists
+    of texts, and numpy arrays, which keep their dtype.
+    """
+
+    def __init__(self, destination: str | os.PathLike, tensors: Mapping[str, Layout], metadata: Mapping[str, Any]):
+        super().__init__(destination, tensors)
+        self.metadata = metadata
+        for name, layout in self.tensors.items():
+            if not 1 <= len(layout.shape) <= MAX_DIMENSIONS or 0 in layout.shape:
+                raise CheckpointError(
+                    f"tensor {name!r} has shape {list(layout.shape)}; GGUF stores 1 to {MAX_DIMENSIONS} dimensions"
+                )
+
+    def layout(self, folder: Path) -> tuple[dict[str, Slot], Path]:
+        path = folder / self.destination.name
+        metadata = {key: value for key, value in self.metadata.items() if key != "general.alignment"}
+        head = [MAGIC, struct.pack("<IQQ", VERSION, len(self.tensors), len(metadata))]
+        head += [_string(key) + _value(key, value) for key, value in metadata.items()]
+        offset, offsets = 0, {}
+        for name, layout in self.tensors.items():
+            offsets[name] = offset
+            kind = _TYPE_OF_ENCODING[layout.encoding.name]
+            dims = layout.shape[::-1]
+            head.append(_string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset))
+            offset = _aligned(offset + layout.nbytes)
+        header = b"".join(head)
+        start = _aligned(len(header))
+        with path.open("wb") as file:
+            file.write(header)
+            file.truncate(start + offset)
+        return {name: Slot(layout, path, start + offsets[name]) for name, layout in self.tensors.items()}, path
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return len(data).to_bytes(8, "little") + data
+
+
+def _value(key: str, value: Any) -> bytes:
+    """A value with its type in front."""
+    if isinstance(value, str):
+        return struct.pack("<I", STRING) + _string(value)
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(_strings(value))
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype in _TYPE_OF_DTYPE:
+        return struct.pack("<IIQ", ARRAY, _TYPE_OF_DTYPE[value.dtype], value.size) + value.tobytes()
+    kind = _number_type(value)
+    if kind is None:
+        raise CheckpointError(f"{key} is {value!r}, {type(value).__name__}; GGUF metadata cannot hold it")
+    return struct.pack("<I", kind) + np.array(value, NUMBERS[kind]).tobytes()
+
+
+def _strings(values: list[str] | tuple[str, ...]) -> Iterator[bytes]:
+    return map(_string, values)
+
+
+def _number_type(value: Any) -> int | None:
+    if isinstance(value, bool):
+        return _BOOL
+    if isinstance(value, float):
+        return _FLOAT32
+    if not isinstance(value, int):
+        return None
+    if value < 0:
+        return _INT32 if value >= -(2**31) else _INT64 if value >= -(2**63) else None
+    return _UINT32 if value < 2**32 else _UINT64 if value < 2**64 else None

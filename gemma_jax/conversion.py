@@ -1,0 +1,155 @@
+"""From one checkpoint format to another, tensor by tensor: no model is ever whole in memory."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+import gemma_checkpoints
+from gemma_checkpoints import CheckpointError, Reader, Writer, names
+from gemma_jax import export, loading
+from gemma_jax.export import Precision
+from gemma_jax.nn.decoder import Decoder
+from gemma_jax.nn.paths import weights
+
+# Files of a Hugging Face folder that go along to another one.
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+PROBE = (2, 818, 5279, 529, 6237, 563)  # tokens whose logits are compared, modulo the size of the vocabulary
+SAME = 1e-4  # largest difference of float32 logits that says "the same weights": GGUF rounds 1 + scale
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did."""
+
+    source: str
+    destination: str
+    num_tensors: int
+    num_bytes: int  # of the tensors, as written
+    left_out: tuple[str, ...]  # tensors of the source that the destination does not have
+    is_verified: bool = False  # every tensor read back has the digest that was written
+    logit_difference: float | None = None  # largest, between source and destination, on a fixed prompt; if verified
+
+
+def convert(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    to: str,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    text_only: bool = False,
+    verify: bool = False,
+    progress: bool | None = None,
+) -> Report:
+    """Writes the checkpoint at `source` in another format. The destination is absent or whole, whatever happens.
+
+    Args:
+        source: as for `load`.
+        destination: a new folder for "huggingface", a new .gguf file for "gguf".
+        to: "huggingface" or "gguf".
+        dtype: "float32" or "bfloat16". None: bfloat16 if that is how the source stores its matrices, else float32.
+        quantize: "q8_0" or "q4_0" for GGUF; see `export.Precision`.
+        text_only: leave out the vision tower of a multimodal model, which cannot be written yet.
+        verify: read every tensor back and compare its digest with what was written, then load both and compare their
+            logits on a fixed prompt (which needs memory for one whole model).
+        progress: show a bar on stderr. None: if it is a terminal.
+
+    Raises: FileExistsError if the destination is there; CheckpointError for a damaged source, for towers that would be
+        lost, and if the verification fails; ConfigError for a model that the format cannot describe; ValueError.
+    """
+    path = loading.find(source)
+    with gemma_checkpoints.open(path) as reader:
+        config = loading.read_config(reader, path)
+        table = export.table(loading.format_of(reader), config)
+        left_out = tuple(table.left_out(reader))
+        if left_out and not text_only:
+            raise CheckpointError(
+                f"{path} has {len(left_out)} tensors of a vision tower (such as {left_out[0]!r}), which cannot be "
+                "written yet; ask for the text part alone (text_only, --text-only)"
+            )
+        precision = Precision(dtype or stored_dtype(reader), quantize)
+        model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+        shapes = {name: place.shape for name, place in weights(model).items()}
+        tokenizer = loading.read_tokenizer(reader, path)
+        files = _tokenizer_files(path) if to == "huggingface" else None
+        target = export.writer(destination, to, config, shapes, precision, tokenizer, files)
+        with target:
+            _stream(reader, table, target, export.table(to, config), shapes, progress)
+    num_bytes = sum(layout.nbytes for layout in target.tensors.values())
+    report = Report(str(source), str(destination), len(target.tensors), num_bytes, left_out)
+    return _verified(report, path, target, is_exact=_is_exact(reader, precision)) if verify else report
+
+
+def stored_dtype(reader: Reader) -> str:
+    """What holds the matrices of a checkpoint without loss and without waste."""
+    kinds = {info.dtype for info in reader.tensors.values() if len(info.shape) > 1}
+    return "bfloat16" if kinds <= {"BF16"} else "float32"
+
+
+def _is_exact(reader: Reader, precision: Precision) -> bool:
+    return precision.quantize is None and precision.dtype in ("float32", stored_dtype(reader))
+
+
+def _tokenizer_files(path: Path) -> dict[str, bytes]:
+    folder = path if path.is_dir() else path.parent
+    if path.suffix == ".gguf":
+        return {}
+    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
+
+
+def _stream(
+    reader: Reader,
+    table: names.Table,
+    target: Writer,
+    target_table: names.Table,
+    shapes: dict[str, tuple[int, ...]],
+    progress: bool | None,
+) -> None:
+    entries = {entry.path: entry for entry in target_table.entries}
+    buffers: dict[str, np.ndarray] = {}
+
+    def destination(path: str) -> np.ndarray:
+        buffers[path] = np.empty(shapes[path], np.float32)
+        return buffers[path]
+
+    stream: Iterator[str] = names.stream(reader, table, shapes, destination)
+    is_quiet = None if progress is None else not progress  # tqdm's None: only if stderr is a terminal
+    for path in tqdm(stream, total=len(shapes), desc="tensors", unit="tensor", disable=is_quiet):
+        entry = entries[path]
+        target.put(target_table.written(entry), entry.stored(buffers.pop(path)))
+
+
+def _verified(report: Report, source: Path, target: Writer, *, is_exact: bool) -> Report:
+    destination = target.destination
+    with gemma_checkpoints.open(destination) as reader:
+        wrong = [name for name, digest in target.digests.items() if reader.digest(name) != digest]
+        if wrong or set(reader.tensors) != set(target.digests):
+            names_wrong = ", ".join(wrong[:5]) or "other names"
+            raise CheckpointError(f"{destination} does not hold what was written ({names_wrong}); remove it, try again")
+    difference = float(np.max(np.abs(_probe(source) - _probe(destination))))
+    if is_exact and not difference <= SAME:
+        raise CheckpointError(
+            f"logits of {destination} differ from those of {source} by {difference:.3g}, more than {SAME}; remove it"
+        )
+    return dataclasses.replace(report, is_verified=True, logit_difference=difference)
+
+
+def _probe(path: Path) -> np.ndarray:
+    gemma = loading.load(path, dtype="float32", progress=False)
+    tokens = jnp.asarray([[token % gemma.config.vocab_size for token in PROBE]])
+    return np.asarray(gemma.logits(tokens))
