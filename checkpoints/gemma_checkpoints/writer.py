@@ -120,6 +120,8 @@ class Writer:
                 os.fsync(file.fileno())
         if os.path.lexists(self.destination):
             raise FileExistsError(f"{self.destination} appeared while it was written; nothing was changed")
+        if self._whole.is_dir():
+            self._whole.chmod(0o777 & ~_umask())  # mkdtemp's folders are their owner's alone
         self._whole.rename(self.destination)
         _sync(self.destination.parent)
 
@@ -139,6 +141,13 @@ def check(name: str, layout: Layout) -> None:
         raise CheckpointError(
             f"tensor {name!r} has shape {list(layout.shape)}; rows of {encoding.name} are multiples of {encoding.block}"
         )
+
+
+def _umask() -> int:
+    """Python only tells it by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _sync(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -121,6 +122,17 @@ def test_tensors_that_do_not_fit_the_announcement_are_refused(tmp_path, puts, pr
     with pytest.raises(CheckpointError, match=problem):
         write()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["gguf", "huggingface"])
+def test_others_may_read_what_the_umask_lets_them(tmp_path, kind):
+    before = os.umask(0o027)
+    try:
+        with writer_of(kind, tmp_path / "out", {}):
+            pass
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == (0o640 if kind == "gguf" else 0o750)
 
 
 def test_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path):
