@@ -1,7 +1,7 @@
 """A decoder's weights on their way into a file: which tensors, in which encoding, with which config and vocabulary."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from gemma_jax.configs.huggingface import to_huggingface
 from gemma_jax.text.tokenizer import Tokenizer
 from gemma_jax.text.vocabulary import gguf_metadata, serialise
 
+FORMATS = ("huggingface", "gguf")
 DTYPES: Mapping[str, Encoding] = {"float32": encodings.F32, "bfloat16": encodings.BF16}
 QUANTIZATIONS: Mapping[str, Encoding] = {"q8_0": encodings.Q8_0, "q4_0": encodings.Q4_0}
 _FILE_TYPES = {"F32": 0, "BF16": 32, "Q8_0": 7, "Q4_0": 2}  # llama.h, enum llama_ftype
@@ -69,9 +70,8 @@ def writer(
     `files` are a Hugging Face folder's tokenizer files; without any, tokenizer.model is made from `tokenizer`.
     Raises ConfigError for a decoder or vocabulary that the format cannot hold, ValueError for another format.
     """
-    makers: Mapping[str, Callable[..., Writer]] = {"huggingface": _huggingface, "gguf": _gguf}
-    if to not in makers:
-        raise ValueError(f"the format is {to!r}; wanted {' or '.join(map(repr, makers))}")
+    if to not in FORMATS:
+        raise ValueError(f"the format is {to!r}; wanted {' or '.join(map(repr, FORMATS))}")
     if to == "huggingface" and precision.quantize is not None:
         raise ValueError(f"quantize is {precision.quantize!r}, but only GGUF holds quantised weights; leave it out")
     if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
@@ -81,7 +81,11 @@ def writer(
     for entry in names_in_file.entries:
         shape = entry.source_shape(shapes[entry.path])
         layouts[names_in_file.written(entry)] = Layout(shape, _encoding(to, entry.path, shape, precision))
-    return makers[to](destination, layouts, config, precision, tokenizer, files)
+    if to == "gguf":
+        return GGUFWriter(destination, layouts, _gguf_metadata(config, precision, tokenizer))
+    if not files and tokenizer is not None:
+        files = {"tokenizer.model": serialise(tokenizer.vocabulary)}
+    return SafetensorsWriter(destination, layouts, to_huggingface(config, precision.dtype), files)
 
 
 def _encoding(to: str, path: str, shape: tuple[int, ...], precision: Precision) -> Encoding:
@@ -91,29 +95,9 @@ def _encoding(to: str, path: str, shape: tuple[int, ...], precision: Precision) 
     return encodings.Q8_0 if is_table and precision.quantize is not None else precision.encoding
 
 
-def _huggingface(
-    destination: str | os.PathLike,
-    layouts: Mapping[str, Layout],
-    config: DecoderConfig,
-    precision: Precision,
-    tokenizer: Tokenizer | None,
-    files: Mapping[str, bytes] | None,
-) -> Writer:
-    if not files and tokenizer is not None:
-        files = {"tokenizer.model": serialise(tokenizer.vocabulary)}
-    return SafetensorsWriter(destination, layouts, to_huggingface(config, precision.dtype), files)
-
-
-def _gguf(
-    destination: str | os.PathLike,
-    layouts: Mapping[str, Layout],
-    config: DecoderConfig,
-    precision: Precision,
-    tokenizer: Tokenizer | None,
-    files: Mapping[str, bytes] | None,
-) -> Writer:
+def _gguf_metadata(config: DecoderConfig, precision: Precision, tokenizer: Tokenizer | None) -> dict[str, Any]:
     metadata: dict[str, Any] = to_gguf(config)
     metadata[f"{metadata['general.architecture']}.vocab_size"] = config.vocab_size
     metadata["general.file_type"] = _FILE_TYPES[precision.encoding.name]
     metadata["general.quantization_version"] = _QUANTIZATION_VERSION
-    return GGUFWriter(destination, layouts, metadata | (gguf_metadata(tokenizer.vocabulary) if tokenizer else {}))
+    return metadata | (gguf_metadata(tokenizer.vocabulary) if tokenizer else {})
