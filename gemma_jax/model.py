@@ -24,7 +24,7 @@ from gemma_jax.nn.paths import weights
 from gemma_jax.text.chat import encode_chat
 from gemma_jax.text.tokenizer import Tokenizer
 
-STOP_IDS = (1, 106)  # <eos> and <end_of_turn>: instruction-tuned models end with the second
+STOP_IDS = (1, 106)  # Gemma 3's <eos> and <end_of_turn>, for a model without tokenizer
 CHAT_SAMPLING = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}  # of the instruction-tuned releases
 
 Prompt = str | Sequence[int]
@@ -126,7 +126,9 @@ class Gemma:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer unless ignore_eos."""
+        """Ids that end an answer unless ignore_eos: `<eos>`, and `<end_of_turn>` of instruction-tuned models."""
+        if self.tokenizer is not None:
+            return self.tokenizer.eos_id, self.tokenizer.end_of_turn_id
         return tuple(i for i in STOP_IDS if i < self.config.vocab_size)
 
     def _batch(self, tokens: Any, mask: Any) -> tuple[jax.Array, Places]:
@@ -184,6 +186,6 @@ def sampling_params(**sampling: Any) -> SamplingParams:
 def _is_single(prompt: Any) -> bool:
     if isinstance(prompt, str):
         return True
-    if not isinstance(prompt, Sequence | np.ndarray):
+    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes | bytearray):
         raise TypeError(f"prompt is a {type(prompt).__name__}; wanted a text, a list of token ids, or a list of these")
     return len(prompt) > 0 and isinstance(prompt[0], int | np.integer)

@@ -106,6 +106,18 @@ def test_a_folder_without_config_or_of_another_family_is_refused(folder):
         gj.load(folder)
 
 
+def test_a_tokenizer_of_another_model_or_damaged_is_refused_by_file(folder):
+    data = json.loads((folder / "tokenizer.json").read_text())
+    vocab = data["model"]["vocab"]
+    vocab["one more"] = len(vocab)
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=rf"has {len(vocab)} pieces, but vocab_size is {len(vocab) - 1}"):
+        gj.load(folder)
+    (folder / "tokenizer.json").write_text("[]")
+    with pytest.raises(ValueError, match=f"{folder}: tokenizer.json: the model is not a BPE"):
+        gj.load(folder)
+
+
 def gguf_of(architecture: str) -> bytes:
     key, value = b"general.architecture", architecture.encode()
     return b"".join(

@@ -1,5 +1,7 @@
 """`Gemma` without files: what users call, and what they get told when they call it wrongly."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -64,11 +66,26 @@ def test_logits_and_hidden_states_take_padding_on_either_side(gemma, plain_logit
         ({"seed": [1, 2]}, "2 seeds were given for 1 prompts"),
         ({"stop": ""}, "stop"),
         ({"stop": "x"}, "tokenizer"),
+        ({"temperature": 10**400}, "temperature is 1000"),
     ],
 )
 def test_bad_options_are_refused_by_name_and_value(gemma, options, words):
     with pytest.raises(ValueError, match=words):
         gemma.generate([5, 9], **options)
+
+
+def test_the_smallest_top_p_takes_the_best_token_and_seeds_may_be_of_numpy(gemma):
+    best = gemma.generate([5, 9], max_new_tokens=4).tokens
+    for top_p in (1e-46, 5e-324):
+        options = {"temperature": 1.0, "top_p": top_p, "seed": np.int32(3)}
+        assert gemma.generate([5, 9], max_new_tokens=4, **options).tokens == best
+
+
+def test_the_tokenizer_says_which_ids_end_an_answer(gemma):
+    """<end_of_turn> is 106 in Gemma 3's vocabulary and 107 in its forerunners'."""
+    tokenizer = types.SimpleNamespace(eos_id=1, end_of_turn_id=107)
+    assert Gemma(gemma.config, gemma.model, tokenizer).stop_ids == (1, 107)
+    assert Gemma(gemma.config, gemma.model).stop_ids == (1, 106)
 
 
 def test_an_unknown_option_is_refused_with_those_there_are(gemma):
@@ -85,6 +102,7 @@ def test_an_unknown_option_is_refused_with_those_there_are(gemma):
         ([2] * 400, ValueError, "at most 320"),
         ("text", ValueError, "tokenizer"),
         (7, TypeError, "int"),
+        (b"text", TypeError, "bytes"),
     ],
 )
 def test_bad_prompts_are_refused(gemma, prompt, error, words):

@@ -57,9 +57,10 @@ def _indexed(folder: Path) -> dict[str, TensorInfo]:
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise CheckpointError(f"{folder / INDEX} has no weight_map from tensors to files")
     shards = sorted(set(shard_of.values()))
-    if outside := [shard for shard in shards if Path(shard).name != shard]:
+    if outside := [shard for shard in shards if not shard or Path(shard).name != shard]:
         raise CheckpointError(f"{folder / INDEX} names {outside[0]!r}, which is not a file of its folder")
-    if missing := [shard for shard in shards if not (folder / shard).exists()]:
+    there = set(os.listdir(folder))
+    if missing := [shard for shard in shards if shard not in there]:
         count = sum(shard in missing for shard in shard_of.values())
         raise CheckpointError(f"{folder} lacks {', '.join(missing)} with {count} tensors; download the rest of it")
     headers = {shard: _header(folder / shard) for shard in shards}

@@ -52,8 +52,18 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
     """The sampling parameters that were given."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
-    return {name: value for name in names if (value := getattr(options, name)) is not None}
+    names = (
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+        "stop",
+        "logprobs",
+    )
+    return {name: value for name in names if (value := getattr(options, name, None)) is not None}
 
 
 def load(options: argparse.Namespace) -> "Gemma":

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     if not all(prompts):
         raise ValueError("the prompt is empty; give some text")
     gemma = arguments.load(options)
-    sampling = {**arguments.sampling(options), "ignore_eos": options.ignore_eos, "logprobs": options.logprobs}
+    sampling = {**arguments.sampling(options), "ignore_eos": options.ignore_eos}
     start = time.perf_counter()
     if len(prompts) == 1 and not options.json:
         print(prompts[0], end="", flush=True)

@@ -4,7 +4,7 @@ An ablation is `config.replace("attention.local.window", 256)`. Nothing here imp
 """
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -147,6 +147,7 @@ class DecoderConfig:
         return dataclasses.replace(self, **fields)
 
 
+MAX_LAYERS = 1024  # that a file may claim: far more than any Gemma has, and few enough to look at
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu")
 
 
@@ -236,7 +237,7 @@ def _differences(ours: Any, theirs: Any, path: str) -> Iterator[str]:
 
 def _positive(name: str, value: Any, whole: bool = True) -> Iterator[str]:
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= sys.float_info.max:
         yield f"{name} is {value!r}; wanted a positive {'whole number' if whole else 'number'}"
 
 

@@ -1,9 +1,13 @@
 """A decoder's config from the metadata of a GGUF file, and back."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from gemma_jax.configs.config import (
+    MAX_LAYERS,
     AttentionConfig,
     AttentionKind,
     ConfigError,
@@ -27,20 +31,29 @@ def from_gguf(metadata: Mapping[str, Any], name: str = "gguf") -> DecoderConfig:
     Raises ConfigError for another architecture and for keys that are missing.
     """
     family = metadata.get("general.architecture")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise ConfigError(f"general.architecture is {family!r}; can be read: {', '.join(ARCHITECTURES)}")
 
-    def key(suffix: str, *default: Any) -> Any:
-        if f"{family}.{suffix}" not in metadata and not default:
-            raise ConfigError(f"the GGUF metadata has no {family}.{suffix}")
-        value = metadata.get(f"{family}.{suffix}", *default)
-        if isinstance(value, str | bool):
-            raise ConfigError(f"{family}.{suffix} is {value!r} in the GGUF metadata; wanted a number")
+    def key(suffix: str, *default: Any, kinds: tuple[type, ...] = (int,)) -> Any:
+        if f"{family}.{suffix}" not in metadata:
+            if not default:
+                raise ConfigError(f"the GGUF metadata has no {family}.{suffix}")
+            return default[0]
+        value = metadata[f"{family}.{suffix}"]
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            wanted = "a whole number" if kinds == (int,) else "a number"
+            raise ConfigError(f"{family}.{suffix} is {value!r} in the GGUF metadata; wanted {wanted}")
         return value
 
+    real = functools.partial(key, kinds=(int, float))
     width, num_layers, num_heads = key("embedding_length"), key("block_count"), key("attention.head_count")
+    if not 1 <= num_layers <= MAX_LAYERS or num_heads < 1:
+        raise ConfigError(
+            f"{family}.block_count is {num_layers} and {family}.attention.head_count {num_heads}; wanted 1 to "
+            f"{MAX_LAYERS} layers with at least one head"
+        )
     head_dim, turn = key("attention.key_length"), {"gemma3": PERIOD, "gemma2": 2, "gemma": 1}[family]
-    theta = key("rope.freq_base", 1_000_000.0 if family == "gemma3" else LOCAL_THETA)
+    theta = real("rope.freq_base", 1_000_000.0 if family == "gemma3" else LOCAL_THETA)
     is_by_width = (family, num_layers) in SCALED_BY_WIDTH
     return DecoderConfig(
         name=name,
@@ -54,23 +67,23 @@ def from_gguf(metadata: Mapping[str, Any], name: str = "gguf") -> DecoderConfig:
             query_pre_attn_scalar=width / num_heads if is_by_width else float(head_dim),
             local=AttentionKind(
                 window=key("attention.sliding_window", 4096 if family == "gemma2" else None),
-                rope_theta=key("rope.freq_base_swa", LOCAL_THETA),
+                rope_theta=real("rope.freq_base_swa", LOCAL_THETA),
             ),
             global_=AttentionKind(window=None, rope_theta=theta, rope_scale=_rope_scale(metadata, family)),
             has_qk_norm=family == "gemma3",
-            softcap=key("attn_logit_softcapping", 50.0) if family == "gemma2" else None,
+            softcap=real("attn_logit_softcapping", 50.0) if family == "gemma2" else None,
         ),
-        layers=_layers(num_layers, key("feed_forward_length"), turn),
+        layers=_layers(num_layers, key("feed_forward_length", kinds=(int, list, np.ndarray)), turn),
         period=turn,
-        norm=NormConfig(epsilon=_short(key("attention.layer_norm_rms_epsilon")), has_post_norms=family != "gemma"),
-        final_softcap=key("final_logit_softcapping", 30.0 if family == "gemma2" else None),
+        norm=NormConfig(epsilon=_short(real("attention.layer_norm_rms_epsilon")), has_post_norms=family != "gemma"),
+        final_softcap=real("final_logit_softcapping", 30.0 if family == "gemma2" else None),
     )
 
 
 def _vocab_size(metadata: Mapping[str, Any], family: str) -> int:
     tokens = metadata.get("tokenizer.ggml.tokens")
-    size = len(tokens) if tokens is not None else metadata.get(f"{family}.vocab_size")
-    if size is None:
+    size = len(tokens) if isinstance(tokens, list) else metadata.get(f"{family}.vocab_size")
+    if not isinstance(size, int):
         raise ConfigError(f"the GGUF metadata has neither tokenizer.ggml.tokens nor {family}.vocab_size")
     return VOCAB_SIZE if size == PADDED_VOCAB_SIZE else size
 
@@ -78,13 +91,13 @@ def _vocab_size(metadata: Mapping[str, Any], family: str) -> int:
 def _rope_scale(metadata: Mapping[str, Any], family: str) -> float:
     factor = metadata.get(f"{family}.rope.scaling.factor", 1.0)
     kind = metadata.get(f"{family}.rope.scaling.type", "linear")
-    if kind not in ("linear", "none"):
-        raise ConfigError(f"{family}.rope.scaling.type is {kind!r}; Gemma uses linear and none")
+    if not isinstance(factor, int | float) or kind not in ("linear", "none"):
+        raise ConfigError(f"{family}.rope.scaling is {kind!r} with factor {factor!r}; Gemma uses linear and none")
     return factor if kind == "linear" else 1.0
 
 
 def _layers(num_layers: int, ffw_width: Any, turn: int) -> tuple[LayerSpec, ...]:
-    widths = [ffw_width] * num_layers if isinstance(ffw_width, int) else [int(width) for width in ffw_width]
+    widths = [ffw_width] * num_layers if isinstance(ffw_width, int) else np.asarray(ffw_width).tolist()
     if len(widths) != num_layers:
         raise ConfigError(f"feed_forward_length has {len(widths)} values for {num_layers} layers")
     return tuple(LayerSpec(is_local=(i + 1) % turn != 0, ffw_width=width) for i, width in enumerate(widths))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_jax.configs.config import (
+    MAX_LAYERS,
     AttentionConfig,
     AttentionKind,
     ConfigError,
@@ -67,10 +68,10 @@ def from_huggingface(data: Mapping[str, Any], name: str = "huggingface") -> Deco
     """
     family = data.get("model_type")
     if family == "gemma3":
-        text = data.get("text_config") or {}
+        text = _object(data, "text_config")
         is_tied = data.get("tie_word_embeddings", True) and text.get("tie_word_embeddings", True)
         data, family = {**data, **text, "tie_word_embeddings": is_tied}, "gemma3_text"
-    if family not in _DEFAULTS:
+    if not isinstance(family, str) or family not in _DEFAULTS:
         raise ConfigError(f"model_type is {family!r}; can be read: gemma3, {', '.join(_DEFAULTS)}")
     values = {**_DEFAULTS[family], **data}
     if values.get("attention_bias"):
@@ -78,6 +79,10 @@ def from_huggingface(data: Mapping[str, Any], name: str = "huggingface") -> Deco
     wrong = [f"{key} is {values[key]!r}" for key in _SIZES if type(values[key]) is not int or values[key] < 1]
     if wrong:
         raise ConfigError(f"{', '.join(wrong)}; wanted positive whole numbers")
+    if values["num_hidden_layers"] > MAX_LAYERS:
+        raise ConfigError(f"num_hidden_layers is {values['num_hidden_layers']}; wanted at most {MAX_LAYERS}")
+    if not isinstance(is_tied := values.get("tie_word_embeddings", True), bool):
+        raise ConfigError(f"tie_word_embeddings is {is_tied!r}; wanted true or false")
     is_local = _pattern(values, family)
     vocab_size = VOCAB_SIZE if values["vocab_size"] == PADDED_VOCAB_SIZE else values["vocab_size"]
     return DecoderConfig(
@@ -90,7 +95,7 @@ def from_huggingface(data: Mapping[str, Any], name: str = "huggingface") -> Deco
         period=_period(is_local),
         norm=NormConfig(epsilon=values["rms_norm_eps"], has_post_norms=family != "gemma"),
         activation=_activation(values, family),
-        has_tied_head=values.get("tie_word_embeddings", True),
+        has_tied_head=is_tied,
         final_softcap=values.get("final_logit_softcapping"),
     )
 
@@ -102,7 +107,7 @@ def _activation(values: Mapping[str, Any], family: str) -> str:
         old = values.get("hidden_act")
         name = name or (None if old == "gelu" else old)
     name = name or "gelu_pytorch_tanh"
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ConfigError(f"hidden_activation is {name!r}; can be read: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
@@ -116,8 +121,11 @@ def _pattern(values: Mapping[str, Any], family: str) -> list[bool]:
     if kinds is None:
         turn = values.get("sliding_window_pattern") or values.get("_sliding_window_pattern")
         turn = turn or (PERIOD if family == "gemma3_text" else 2)
+        if type(turn) is not int or turn < 1:
+            raise ConfigError(f"sliding_window_pattern is {turn!r}; wanted a positive whole number")
         return [(i + 1) % turn != 0 for i in range(count)]
-    if len(kinds) != count or set(kinds) - {"sliding_attention", "full_attention"}:
+    is_known = isinstance(kinds, list) and all(kind in ("sliding_attention", "full_attention") for kind in kinds)
+    if not is_known or len(kinds) != count:
         raise ConfigError(f"layer_types is {kinds!r}; wanted sliding_attention or full_attention for {count} layers")
     return [kind == "sliding_attention" for kind in kinds]
 
@@ -130,11 +138,11 @@ def _period(is_local: list[bool]) -> int:
 
 def _attention(values: Mapping[str, Any], family: str) -> AttentionConfig:
     local_base = values.get("rope_local_base_freq", values["rope_theta"])
-    old, ropes = values.get("rope_scaling") or {}, values.get("rope_parameters") or {}
+    old, ropes = _object(values, "rope_scaling"), _object(values, "rope_parameters")
     flat = {} if {"full_attention", "sliding_attention"} & set(ropes) else ropes
-    global_theta, global_scale = _rope(ropes.get("full_attention") or flat or old, values["rope_theta"])
+    global_theta, global_scale = _rope(_object(ropes, "full_attention") or flat or old, values["rope_theta"])
     # Gemma 3 scales its global layers only (gemma3.md, 1.3)
-    local_rope = ropes.get("sliding_attention") or ({} if family == "gemma3_text" else flat or old)
+    local_rope = _object(ropes, "sliding_attention") or ({} if family == "gemma3_text" else flat or old)
     local_theta, local_scale = _rope(local_rope, local_base)
     return AttentionConfig(
         num_heads=values["num_attention_heads"],
@@ -149,6 +157,14 @@ def _attention(values: Mapping[str, Any], family: str) -> AttentionConfig:
     )
 
 
+def _object(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object at a key; empty where there is none."""
+    found = values.get(key)
+    if found is not None and not isinstance(found, Mapping):
+        raise ConfigError(f"{key} is {found!r}; wanted an object")
+    return found or {}
+
+
 def _rope(rope: Mapping[str, Any], theta: float) -> tuple[float, float]:
     """Base and divisor of positions."""
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -158,7 +174,7 @@ def _rope(rope: Mapping[str, Any], theta: float) -> tuple[float, float]:
 
 
 _NAMES = {"gemma3_text": "Gemma3ForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma": "GemmaForCausalLM"}
-_TOKENS = {"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0}  # 106 ends a turn
+_END_OF_TURN = {"gemma3_text": 106, "gemma2": 107, "gemma": 107}
 
 
 def to_huggingface(config: DecoderConfig, dtype: str) -> dict[str, Any]:
@@ -173,6 +189,8 @@ def to_huggingface(config: DecoderConfig, dtype: str) -> dict[str, Any]:
         "architectures": [_NAMES[family]],
         "attention_bias": False,
         "attention_dropout": 0.0,
+        "bos_token_id": 2,
+        "eos_token_id": [1, _END_OF_TURN[family]],
         "head_dim": attention.head_dim,
         "hidden_activation": {ours: theirs for theirs, ours in ACTIVATIONS.items()}[config.activation],
         "hidden_size": config.width,
@@ -183,13 +201,13 @@ def to_huggingface(config: DecoderConfig, dtype: str) -> dict[str, Any]:
         "num_attention_heads": attention.num_heads,
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": attention.num_kv_heads,
+        "pad_token_id": 0,
         "rms_norm_eps": config.norm.epsilon,
         "rope_theta": everywhere.rope_theta,
         "tie_word_embeddings": config.has_tied_head,
         "torch_dtype": dtype,
         "use_cache": True,
         "vocab_size": config.vocab_size,
-        **_TOKENS,
     }
     if family != "gemma":
         data |= {

@@ -216,6 +216,9 @@ class Session:
         capacity: int | None = None,
     ):
         check_prompts(model, prompts)
+        for row in params:
+            if (row.logprobs or 0) > model.config.vocab_size:
+                raise ValueError(f"logprobs is {row.logprobs}, but there are only {model.config.vocab_size} tokens")
         context = model.config.context
         steps = [min(row.max_new_tokens, context - len(p) + 1) for p, row in zip(prompts, params, strict=True)]
         needed = max(len(prompt) + count - 1 for prompt, count in zip(prompts, steps, strict=True))

@@ -1,7 +1,7 @@
 """From logits to a token: what the user may ask for, and the same as arrays, one value a row."""
 
-import math
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +60,7 @@ def _whole(name: str, value: object, low: int, high: int | None, hint: str = "")
 
 def _real(name: str, value: Any, is_good: Callable[[float], bool], wanted: str) -> None:
     is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not is_good(float(value)):
+    if not is_number or not abs(value) <= sys.float_info.max or not is_good(float(value)):
         raise ValueError(f"{name} is {value!r}; wanted a number {wanted}")
 
 
@@ -100,7 +100,7 @@ class Sampler:
 
 def sampler(rows: Sequence[SamplingParams], vocab_size: int) -> Sampler:
     """The parameters of a batch as arrays. Rows without a seed get one of their own."""
-    seeds = [secrets.randbits(63) if row.seed is None else row.seed for row in rows]
+    seeds = [secrets.randbits(63) if row.seed is None else int(row.seed) for row in rows]
     return Sampler(
         temperature=jnp.asarray([row.temperature for row in rows], jnp.float32),
         top_k=jnp.asarray([min(row.top_k or vocab_size, vocab_size) for row in rows], jnp.int32),
@@ -152,7 +152,9 @@ def _filtered(logits: Float[Array, "B V"], rows: Sampler) -> Float[Array, "B V"]
     order = _order(logits)
     kept = order >= _threshold(order, jnp.ones_like(logits), rows.top_k.astype(jnp.float32))[:, None]
     weights = jnp.where(kept, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0.0)
-    kept &= order >= _threshold(order, weights, rows.top_p * jnp.sum(weights, axis=-1))[:, None]
+    # a top_p so small that the product is 0 keeps the best token all the same
+    mass = jnp.maximum(rows.top_p * jnp.sum(weights, axis=-1), jnp.finfo(jnp.float32).tiny)
+    kept &= order >= _threshold(order, weights, mass)[:, None]
     kept &= weights >= rows.min_p[:, None]  # the best token has weight 1
     return jnp.where(kept, logits, MASKED)
 

@@ -38,7 +38,7 @@ def encode_chat(
 
 def _turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """(role, content) of every turn; a leading system message is put in front of the first one, untrimmed."""
-    if isinstance(messages, str | Mapping) or not messages:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ChatError("messages is empty or not a list; wanted at least one {'role': 'user', 'content': ...}")
     prefix, first = "", 0
     if _role(messages[0], 0) == "system":

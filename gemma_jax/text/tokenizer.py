@@ -83,9 +83,10 @@ class Tokenizer:
         if isinstance(tokenizer, Mapping):
             return cls(huggingface_vocabulary(tokenizer))
         try:
-            return cls(huggingface_vocabulary(json.loads(Path(tokenizer).read_bytes())))
-        except json.JSONDecodeError as error:
+            data = json.loads(Path(tokenizer).read_bytes())
+        except (ValueError, RecursionError) as error:
             raise TokenizerError(f"{tokenizer} is not JSON: {error}") from None
+        return cls(huggingface_vocabulary(data))
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> "Tokenizer | None":

@@ -66,8 +66,14 @@ class Vocabulary:
         _check_sizes(self.pieces, self.scores, self.types)
         if unknown := set(np.unique(self.types).tolist()) - set(PieceType):
             raise TokenizerError(f"the vocabulary has piece types {sorted(unknown)}; SentencePiece knows 1 to 6")
-        if (num_bytes := int(np.count_nonzero(self.types == PieceType.BYTE))) != 256:
-            raise TokenizerError(f"the vocabulary has {num_bytes} byte pieces; Gemma's has all 256, for byte fallback")
+        bytes_found = {self.pieces[i] for i in np.flatnonzero(self.types == PieceType.BYTE).tolist()}
+        if bytes_found != {f"<0x{byte:02X}>" for byte in range(256)}:
+            raise TokenizerError(
+                f"the vocabulary has {len(bytes_found)} byte pieces, or others than <0x00> to <0xFF>; Gemma's "
+                "has these, for byte fallback"
+            )
+        if "" in self.pieces:
+            raise TokenizerError(f"the piece of id {self.pieces.index('')} is empty")
         # UTF-8 takes at most 4 bytes a character
         sizes = [len(piece.encode()) for piece in self.pieces if len(piece) > _LONGEST_PIECE // 4]
         if (longest := max(sizes, default=0)) > _LONGEST_PIECE:
@@ -103,8 +109,13 @@ def gguf_vocabulary(metadata: Mapping[str, object]) -> Vocabulary:
         raise TokenizerError(f"the GGUF metadata has no {', '.join(f'tokenizer.ggml.{name}' for name in missing)}")
     tokens, scores, types = (metadata[f"tokenizer.ggml.{name}"] for name in names)
     pieces = [str(piece) for piece in _sequence(tokens, "tokenizer.ggml.tokens")]
-    scores = np.array(_sequence(scores, "tokenizer.ggml.scores"), np.float32)
-    types = np.array(_sequence(types, "tokenizer.ggml.token_type"), np.uint8)
+    try:
+        scores = np.array(_sequence(scores, "tokenizer.ggml.scores"), np.float32)
+        types = np.array(_sequence(types, "tokenizer.ggml.token_type"), np.uint8)
+    except (ValueError, OverflowError):
+        raise TokenizerError(
+            "tokenizer.ggml.scores or tokenizer.ggml.token_type holds other things than numbers"
+        ) from None
     _check_sizes(pieces, scores, types)
     for i in np.flatnonzero(types == PieceType.CONTROL).tolist():
         types[i] = _special_type(pieces[i], PieceType.USER_DEFINED)
@@ -150,21 +161,27 @@ def huggingface_vocabulary(data: Mapping) -> Vocabulary:
     Added tokens beyond the model's own vocabulary (`<image_soft_token>`, id 262144) are outside SentencePiece's model
     and are left out.
     """
-    model = data.get("model")
+    model = data.get("model") if isinstance(data, Mapping) else None
     if not isinstance(model, Mapping) or model.get("type") != "BPE" or not model.get("byte_fallback"):
         raise TokenizerError("tokenizer.json: the model is not a BPE with byte fallback; this is not a Gemma tokenizer")
-    ids: Mapping[str, int] = model["vocab"]
+    ids, merges, added = model.get("vocab"), model.get("merges"), data.get("added_tokens", [])
+    if not isinstance(ids, Mapping) or not all(type(i) is int for i in ids.values()):
+        raise TokenizerError("tokenizer.json: model.vocab is no object from pieces to ids")
+    if not isinstance(merges, list) or not all(map(_is_merge, merges)):
+        raise TokenizerError('tokenizer.json: model.merges is no list of "left right" or ["left", "right"]')
+    if not isinstance(added, list) or not all(map(_is_added_token, added)):
+        raise TokenizerError("tokenizer.json: added_tokens is no list of objects with id and content")
     pieces = sorted(ids, key=ids.__getitem__)
     if [ids[piece] for piece in pieces] != list(range(len(pieces))):
         raise TokenizerError(f"tokenizer.json: the ids of model.vocab are not 0 to {len(pieces) - 1}, each once")
     types = np.full(len(pieces), PieceType.NORMAL, np.uint8)
-    for token in data.get("added_tokens", ()):
+    for token in added:
         if token["id"] < len(pieces):
             types[token["id"]] = _special_type(token["content"], PieceType.USER_DEFINED)
     for byte in range(256):
         if (i := ids.get(f"<0x{byte:02X}>")) is not None:
             types[i] = PieceType.BYTE
-    scores = _merge_scores(ids, model["merges"])
+    scores = _merge_scores(ids, merges)
     scores[types != PieceType.NORMAL] = 0.0
     return Vocabulary(pieces, scores, types)
 
@@ -230,6 +247,18 @@ def _special_type(piece: str, otherwise: PieceType) -> PieceType:
     if piece == UNKNOWN:
         return PieceType.UNKNOWN
     return PieceType.CONTROL if piece in (PAD, EOS, BOS) else otherwise
+
+
+def _is_merge(merge: object) -> bool:
+    if isinstance(merge, str):
+        return True
+    return isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) for part in merge)
+
+
+def _is_added_token(token: object) -> bool:
+    if not isinstance(token, Mapping):
+        return False
+    return type(token.get("id")) is int and token["id"] >= 0 and isinstance(token.get("content"), str)
 
 
 def _merge_scores(ids: Mapping[str, int], merges: Iterable) -> np.ndarray:

@@ -134,7 +134,7 @@ def test_another_architecture_is_refused_and_named(family):
 
 @pytest.mark.parametrize("value", ["18", True])
 def test_a_value_that_is_no_number_is_named(value):
-    with pytest.raises(ConfigError, match=rf"gemma3.block_count is {value!r} in the GGUF metadata; wanted a number"):
+    with pytest.raises(ConfigError, match=rf"gemma3.block_count is {value!r} in the GGUF metadata; wanted a whole"):
         from_gguf({**gemma3_metadata("gemma-3-270m"), "gemma3.block_count": value})
 
 
@@ -150,7 +150,7 @@ def test_each_layer_may_have_its_own_ffw_width():
 
 def test_other_position_scalings_than_linear_are_refused():
     metadata = gemma3_metadata("gemma-3-4b")
-    with pytest.raises(ConfigError, match=r"gemma3.rope.scaling.type is 'yarn'"):
+    with pytest.raises(ConfigError, match=r"gemma3.rope.scaling is 'yarn'"):
         from_gguf({**metadata, "gemma3.rope.scaling.type": "yarn"})
     unscaled = from_gguf({**metadata, "gemma3.rope.scaling.type": "none"})
     assert unscaled.attention.global_.rope_scale == 1.0
@@ -163,3 +163,32 @@ def test_the_demo_file_gives_the_registered_270m():
 
     with gemma_checkpoints.open(find("gemma-3-270m")) as reader:
         assert from_gguf(reader.metadata, name="gemma-3-270m") == configs.get("gemma-3-270m")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("block_count", 10**15, r"block_count is 1000000000000000 .*wanted 1 to 1024"),
+        ("block_count", 3.0, r"block_count is 3.0 in the GGUF metadata; wanted a whole number"),
+        ("block_count", -1, r"block_count is -1"),
+        ("attention.head_count", 0, r"attention.head_count 0; wanted"),
+        ("feed_forward_length", 32.0, r"feed_forward_length is 32.0"),
+        ("feed_forward_length", ["a"], r"feed_forward_length has 1 values for 18 layers"),
+        ("feed_forward_length", ["a"] * 18, r"layers.0.ffw_width is 'a'"),
+        ("attention.layer_norm_rms_epsilon", [1], r"rms_epsilon is \[1\] in the GGUF metadata; wanted a number"),
+        ("rope.scaling.factor", "8", r"rope.scaling is 'linear' with factor '8'"),
+    ],
+)
+def test_values_of_the_wrong_kind_or_size_are_refused_by_name(key, value, problem):
+    with pytest.raises(ConfigError, match=problem):
+        from_gguf({**gemma3_metadata("gemma-3-270m"), f"gemma3.{key}": value})
+
+
+def test_an_architecture_or_vocabulary_of_the_wrong_kind_is_refused():
+    metadata = gemma3_metadata("gemma-3-270m")
+    with pytest.raises(ConfigError, match=r"general.architecture is array"):
+        from_gguf({**metadata, "general.architecture": np.array([1, 2])})
+    for key in ("tokenizer.ggml.tokens", "gemma3.vocab_size"):
+        metadata.pop(key, None)
+    with pytest.raises(ConfigError, match="has neither"):
+        from_gguf({**metadata, "tokenizer.ggml.tokens": 5})

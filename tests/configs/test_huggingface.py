@@ -282,6 +282,27 @@ def test_what_the_decoder_has_not_is_refused_by_name(said, message):
         from_huggingface({**SMALL, **said})
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; wanted an object"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\]; wanted an object"),
+        ({"rope_parameters": {"full_attention": 5}}, "full_attention is 5; wanted an object"),
+        ({"model_type": "gemma3", "text_config": [1]}, r"text_config is \[1\]; wanted an object"),
+        ({"model_type": ["gemma"]}, r"model_type is \['gemma'\]"),
+        ({"layer_types": 5}, "layer_types is 5"),
+        ({"layer_types": [{}]}, r"layer_types is \[{}\]"),
+        ({"hidden_activation": ["x"]}, r"hidden_activation is \['x'\]"),
+        ({"sliding_window_pattern": "a"}, "sliding_window_pattern is 'a'"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; wanted true or false"),
+        ({"num_hidden_layers": 10_000_000}, "num_hidden_layers is 10000000; wanted at most 1024"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_refused_by_name(said, message):
+    with pytest.raises(ConfigError, match=message):
+        from_huggingface({**SMALL, **said})
+
+
 @st.composite
 def text_settings(draw) -> dict[str, Any]:
     kv_heads, groups, layers = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 8))

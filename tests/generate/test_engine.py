@@ -175,3 +175,9 @@ def test_what_cannot_be_prefilled_is_refused(tiny_model):
         Session(tiny_model, [[1, 2, 3]], [params], (), capacity=4)
     with pytest.raises(ValueError, match="9 stop ids"):
         Session(tiny_model, [[1]], [params], range(9))
+
+
+def test_more_logprobs_than_tokens_are_refused(fixture_model):
+    size = fixture_model.config.vocab_size
+    with pytest.raises(ValueError, match=f"logprobs is {size + 1}, but there are only {size} tokens"):
+        Session(fixture_model, [[2, 3]], [SamplingParams(logprobs=size + 1)], ())

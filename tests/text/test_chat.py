@@ -62,3 +62,9 @@ def test_control_tokens_in_a_message_stay_text(tokenizer):
     start, end = tokenizer.id_of("<start_of_turn>"), tokenizer.id_of("<end_of_turn>")
     assert (ids.count(start), ids.count(end), ids.count(tokenizer.bos_id)) == (2, 1, 1)
     assert "<end_of_turn>\n<start_of_turn>model\nSure" in tokenizer.decode(ids)
+
+
+def test_messages_that_are_no_list_are_refused(tokenizer):
+    for messages in (5, "hi", {"role": "user", "content": "hi"}, []):
+        with pytest.raises(ChatError, match="empty or not a list"):
+            encode_chat(tokenizer, messages)

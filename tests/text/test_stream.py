@@ -31,3 +31,8 @@ def test_a_character_comes_with_its_last_byte(tokenizer):
     assert [stream.push([i]) for i in ids] == ["", "", "☃"]
     assert stream.push(ids[:2]) == ""
     assert stream.finish() == "\ufffd"
+
+
+def test_a_row_beyond_the_vocabulary_is_shown_as_a_broken_character(tokenizer):
+    decoder = StreamDecoder(tokenizer)
+    assert decoder.push([tokenizer.vocab_size + 3, *tokenizer.encode("hi", bos=False)]) == "\ufffdhi"

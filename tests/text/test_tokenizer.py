@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from gemma_jax.text.tokenizer import Tokenizer
 from gemma_jax.text.vocabulary import TokenizerError
+from tests.vocabulary import huggingface_data
 
 FORMS = ["sentencepiece", "huggingface", "gguf"]
 CONTROL = [
@@ -59,6 +60,41 @@ def test_decode_hides_control_tokens_on_request_and_mends_broken_characters(toke
     snowman = tokenizer.encode("☃", bos=False)
     assert tokenizer.decode(snowman) == "☃"
     assert tokenizer.decode(snowman[:-1]) == "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: [1], "not a BPE"),
+        (lambda data: None, "not a BPE"),
+        (lambda data: {**data, "model": {k: v for k, v in data["model"].items() if k != "vocab"}}, "model.vocab is no"),
+        (lambda data: {**data, "model": {**data["model"], "vocab": ["a"]}}, "model.vocab is no"),
+        (lambda data: {**data, "model": {**data["model"], "vocab": {"a": "0"}}}, "model.vocab is no"),
+        (
+            lambda data: {**data, "model": {k: v for k, v in data["model"].items() if k != "merges"}},
+            "model.merges is no",
+        ),
+        (lambda data: {**data, "model": {**data["model"], "merges": [3]}}, "model.merges is no"),
+        (lambda data: {**data, "model": {**data["model"], "merges": [["a"]]}}, "model.merges is no"),
+        (lambda data: {**data, "added_tokens": None}, "added_tokens is no"),
+        (lambda data: {**data, "added_tokens": [{"content": "<x>"}]}, "added_tokens is no"),
+        (lambda data: {**data, "added_tokens": [{"id": -(10**9), "content": "<x>"}]}, "added_tokens is no"),
+        (lambda data: {**data, "added_tokens": [{"id": 1.5, "content": "<x>"}]}, "added_tokens is no"),
+    ],
+)
+def test_a_tokenizer_json_of_another_shape_is_refused(tmp_path, change, words):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(change(huggingface_data())))
+    with pytest.raises(TokenizerError, match=words):
+        Tokenizer.from_huggingface(path)
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe{", b"[" * 100_000, b"{"])
+def test_a_tokenizer_json_that_is_no_json_is_refused_by_name(tmp_path, data):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(data)
+    with pytest.raises(TokenizerError, match=r"tokenizer.json is not JSON"):
+        Tokenizer.from_huggingface(path)
 
 
 def test_pieces_and_ids_outside_the_vocabulary_are_refused(tokenizer):

@@ -56,8 +56,16 @@ def test_the_metadata_written_for_gguf_is_read_back_as_the_same_vocabulary(damag
     np.testing.assert_array_equal(again.types, vocabulary.types)
 
 
-def test_pieces_twice_or_too_long_are_refused(damaged_metadata):
+def test_byte_pieces_of_another_form_are_refused(damaged_metadata):
+    tokens = ["<0xZZ>" if piece == "<0x41>" else piece for piece in damaged_metadata["tokenizer.ggml.tokens"]]
+    with pytest.raises(TokenizerError, match="others than <0x00> to <0xFF>"):
+        gguf_vocabulary({**damaged_metadata, "tokenizer.ggml.tokens": tokens})
+    with pytest.raises(TokenizerError, match="other things than numbers"):
+        gguf_vocabulary({**damaged_metadata, "tokenizer.ggml.scores": ["a"] * len(tokens)})
+
+
+def test_pieces_twice_empty_or_too_long_are_refused(damaged_metadata):
     tokens = list(damaged_metadata["tokenizer.ggml.tokens"])
-    for piece, problem in ((tokens[-2], "twice"), ("é" * 10_000, "20000 bytes")):
+    for piece, problem in ((tokens[-2], "twice"), ("é" * 10_000, "20000 bytes"), ("", "is empty")):
         with pytest.raises(TokenizerError, match=problem):
             gguf_vocabulary({**damaged_metadata, "tokenizer.ggml.tokens": [*tokens[:-1], piece]})
