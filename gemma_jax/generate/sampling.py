@@ -1,7 +1,7 @@
 """From logits to a token: what the user may ask for, and the same as arrays, one value a row."""
 
+import math
 import secrets
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,8 +60,15 @@ def _whole(name: str, value: object, low: int, high: int | None, hint: str = "")
 
 def _real(name: str, value: Any, is_good: Callable[[float], bool], wanted: str) -> None:
     is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= sys.float_info.max or not is_good(float(value)):
+    if not is_number or not _is_finite(value) or not is_good(float(value)):
         raise ValueError(f"{name} is {value!r}; wanted a number {wanted}")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ PARTS = {100: b"\xe2", 101: b"\x98", 102: b"\x83"}  # together a snowman
 class Characters:
     """What generation asks of a tokenizer."""
 
+    vocab_size = 128
+
     def bytes_of(self, token: int) -> bytes:
         return PARTS.get(token, bytes([33 + token % 90]))
 
