@@ -20,7 +20,7 @@ from gemma_checkpoints.encodings import BF16, F32, Q8_0
 from gemma_checkpoints.safetensors import INDEX
 
 COUNT = 4000  # files of each kind
-SECONDS = 1.0  # for one file
+SECONDS = 1.0  # of the processor, for one file
 ROOM = 4 << 20  # bytes beside twice the file: a reader's buffers
 EXTREMES = (0, 1, 2, 31, 2**8 - 1, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 32, 2**64 - 1)
 LAYOUTS = {"matrix": Layout((4, 64), Q8_0), "table": Layout((8, 32), F32), "norm": Layout((32,), F32)}
@@ -131,7 +131,7 @@ def test_a_damaged_file_is_read_or_refused_soon_and_in_little_memory(tmp_path, f
             path = hurt()
             size = sum(p.stat().st_size for p in path.iterdir()) if path.is_dir() else path.stat().st_size
             tracemalloc.reset_peak()
-            held, start = tracemalloc.get_traced_memory()[0], time.perf_counter()
+            held, start = tracemalloc.get_traced_memory()[0], time.process_time()
             try:
                 with gemma_checkpoints.open(path) as reader:
                     for name, info in reader.tensors.items():
@@ -139,7 +139,7 @@ def test_a_damaged_file_is_read_or_refused_soon_and_in_little_memory(tmp_path, f
                         reader.read(name)
             except CheckpointError:
                 refused += 1
-            assert time.perf_counter() - start < SECONDS
+            assert time.process_time() - start < SECONDS
             assert tracemalloc.get_traced_memory()[1] - held < 2 * size + ROOM
     finally:
         tracemalloc.stop()

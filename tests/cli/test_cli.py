@@ -153,7 +153,8 @@ def test_convert_writes_another_format_and_reports(run, model_folder, tmp_path):
     code, out, _ = run("convert", str(model_folder), target, "--to", "huggingface", "--verify", "--json", model=False)
     report = json.loads(out)
     assert code == 0
-    assert (report["num_tensors"], report["is_verified"], report["logit_difference"]) == (3 * 13 + 2, True, 0.0)
+    assert (report["num_tensors"], report["is_verified"]) == (3 * 13 + 2, True)
+    assert report["logit_difference"] < 1e-5
     code, out, err = run("convert", str(model_folder), target, "--to", "huggingface", model=False)
     assert (code, out) == (1, "")
     assert err.startswith(f"gemma-jax: error: {target} is there already")
