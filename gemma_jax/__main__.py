@@ -2,6 +2,6 @@
 
 import sys
 
-from gemma_jax.cli.main import main
+from gemma_jax.cli.main import entry
 
-sys.exit(main())
+sys.exit(entry())

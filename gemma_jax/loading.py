@@ -20,7 +20,7 @@ import gemma_checkpoints
 from gemma_checkpoints import CheckpointError, GGUFReader, Reader, names
 from gemma_jax import configs, export
 from gemma_jax.configs import overrides as config_overrides
-from gemma_jax.configs.config import DecoderConfig
+from gemma_jax.configs.config import ConfigError, DecoderConfig
 from gemma_jax.configs.gguf import from_gguf
 from gemma_jax.configs.huggingface import from_huggingface
 from gemma_jax.folders import cache_folder
@@ -81,6 +81,8 @@ def load(
 def find(source: str | os.PathLike) -> Path:
     """The file or folder that `source` means. Raises FileNotFoundError that says what to do, ConfigError for a name
     that is neither a path nor a model."""
+    if not str(source):
+        raise ValueError("the model is an empty text; give a name, a .gguf file or a folder with *.safetensors")
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -126,11 +128,19 @@ def _demo_weights() -> Path:
 
 
 def read_config(reader: Reader, path: Path) -> DecoderConfig:
-    """The config that a checkpoint's metadata describes."""
+    """The config that a checkpoint's metadata describes. Raises ConfigError that names the file or folder."""
     if not reader.metadata:
-        raise CheckpointError(f"{path} has no config.json; it says how the weights are to be used")
+        what = (
+            "has no metadata"
+            if path.is_file() and path.suffix != ".safetensors"
+            else "has no config.json, or an empty one"
+        )
+        raise CheckpointError(f"{path} {what}; it says how the weights are to be used")
     name = path.stem if path.is_file() else path.resolve().name
-    return (from_gguf if format_of(reader) == "gguf" else from_huggingface)(reader.metadata, name=name)
+    try:
+        return (from_gguf if format_of(reader) == "gguf" else from_huggingface)(reader.metadata, name=name)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def format_of(reader: Reader) -> str:

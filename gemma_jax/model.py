@@ -89,15 +89,16 @@ class Gemma:
         """`chat` as a stream of pieces."""
         return self.stream(*self._chat_prompt(messages, sampling), **self._chat_sampling(sampling))
 
-    def logits(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
+    def logits(self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
         """Unnormalised log-probabilities of the next token after every token, float32.
 
         `mask` is False at padding, left or right; what stands at padding has no meaning. B*T*V*4 bytes are needed.
+        T may pass the context here and in `hidden_states`, for research into what a model does there.
         """
         return _logits(self.model, *self._batch(tokens, mask))
 
     def hidden_states(
-        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None
+        self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "L+1 B T D"]:
         """The stream before the first layer and after each; the last after the final norm (Hugging Face's order)."""
         return _hidden_states(self.model, *self._batch(tokens, mask))

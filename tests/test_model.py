@@ -43,8 +43,8 @@ def test_logits_and_hidden_states_take_padding_on_either_side(gemma, plain_logit
     columns = np.arange(8)
     masks = np.stack([columns >= 3] * 2), np.stack([columns < 5] * 2)
     for padded, mask, real in ((left, masks[0], slice(3, 8)), (right, masks[1], slice(0, 5))):
-        np.testing.assert_allclose(gemma.logits(padded, mask)[0, real], want, atol=1e-4, rtol=0)
-        states = gemma.hidden_states(padded, mask)
+        np.testing.assert_allclose(gemma.logits(padded, mask=mask)[0, real], want, atol=1e-4, rtol=0)
+        states = gemma.hidden_states(padded, mask=mask)
         assert states.shape == (gemma.config.num_layers + 1, 2, 8, gemma.config.width)
         last = jax.jit(lambda model, x: model.logits(x))(gemma.model, states[-1, 0, real])
         np.testing.assert_allclose(last, want, atol=1e-4, rtol=0)
@@ -74,10 +74,10 @@ def test_bad_options_are_refused_by_name_and_value(gemma, options, words):
         gemma.generate([5, 9], **options)
 
 
-def test_the_smallest_top_p_takes_the_best_token_and_seeds_may_be_of_numpy(gemma):
+def test_the_smallest_top_p_or_temperature_takes_the_best_token_and_seeds_may_be_of_numpy(gemma):
     best = gemma.generate([5, 9], max_new_tokens=4).tokens
-    for top_p in (1e-46, 5e-324):
-        options = {"temperature": 1.0, "top_p": top_p, "seed": np.int32(3)}
+    for changes in ({"top_p": 1e-46}, {"top_p": 5e-324}, {"temperature": 2e-38}, {"temperature": 1e-40}):
+        options = {"temperature": 1.0, "seed": np.int32(3), **changes}
         assert gemma.generate([5, 9], max_new_tokens=4, **options).tokens == best
 
 
@@ -129,4 +129,4 @@ def test_a_stream_has_one_prompt_and_chat_needs_a_tokenizer(gemma):
 def test_bad_arrays_are_refused(gemma, tokens, mask, words):
     for call in (gemma.logits, gemma.hidden_states):
         with pytest.raises(ValueError, match=words):
-            call(tokens, mask)
+            call(tokens, mask=mask)

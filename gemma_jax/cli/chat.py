@@ -31,8 +31,13 @@ def run(options: argparse.Namespace) -> None:
         if line == "/reset":
             messages = list(beginning)
         elif line:
-            messages.append({"role": "user", "content": line})
-            messages.append({"role": "assistant", "content": _answer(gemma, messages, sampling, options.json)})
+            turn = [*messages, {"role": "user", "content": line}]
+            try:
+                messages = [*turn, {"role": "assistant", "content": _answer(gemma, turn, sampling, options.json)}]
+            except ValueError as error:  # the history has outgrown the context: the conversation is not lost
+                if not is_terminal:
+                    raise
+                print(f"{error}. {HELP}", file=sys.stderr)
 
 
 def _line(is_terminal: bool) -> str | None:

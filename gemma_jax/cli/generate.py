@@ -29,8 +29,9 @@ def run(options: argparse.Namespace) -> None:
     sampling = {**arguments.sampling(options), "ignore_eos": options.ignore_eos}
     start = time.perf_counter()
     if len(prompts) == 1 and not options.json:
+        stream = gemma.stream(prompts[0], **sampling)  # checks the prompt, so before it is shown
         print(prompts[0], end="", flush=True)
-        for piece in gemma.stream(prompts[0], **sampling):
+        for piece in stream:
             print(piece.text, end="", flush=True)
         print()
         return

@@ -40,6 +40,8 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
     from gemma_jax.loading import read_config
     from gemma_jax.nn.cache import cache_bytes
 
+    if not options.source:
+        raise ValueError("the source is an empty text; give a model's name, a .gguf file or a folder")
     path, tensors = Path(options.source), None
     if path.exists():
         with gemma_checkpoints.open(path) as reader:

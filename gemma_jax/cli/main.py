@@ -1,6 +1,6 @@
 """`gemma-jax VERB`. Nothing heavy is imported before a verb runs, so that help comes at once.
 
-Exit codes: 0 done, 1 failed (files, weights), 2 bad usage (arguments, prompts), 130 interrupted.
+Exit codes: 0 done, 1 failed (files, weights), 2 bad usage (arguments, prompts, configs), 130 interrupted.
 """
 
 import argparse
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from gemma_jax.cli import chat, convert, generate, inspect, score
 
+INTERRUPTED = 130
 VERBS = (generate, chat, score, inspect, convert)
 
 
@@ -30,17 +31,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # who reads our output has gone; Python would complain once more when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError) as error:
         if options.debug:
             traceback.print_exc()
         print(f"gemma-jax: error: {error}", file=sys.stderr)
         return _exit_code(error)
     return 0
+
+
+def entry() -> int:
+    """`main` as a program. After an interruption it ends at once: tearing down Python while XLA still computes on
+    another thread crashes now and then.
+    """
+    code = main()
+    if code == INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _exit_code(error: Exception) -> int:

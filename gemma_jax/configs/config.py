@@ -148,6 +148,7 @@ class DecoderConfig:
 
 
 MAX_LAYERS = 1024  # that a file may claim: far more than any Gemma has, and few enough to look at
+MAX_POSITION = 2**31 - 1  # of int32
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu")
 
 
@@ -271,6 +272,8 @@ def _attention_problems(config: DecoderConfig) -> Iterator[str]:
     for name, kind in (("attention.local", attention.local), ("attention.global", attention.global_)):
         if kind.window is not None:
             yield from _positive(f"{name}.window", kind.window)
+            if isinstance(kind.window, int) and kind.window > MAX_POSITION:
+                yield f"{name}.window is {kind.window}; positions are int32, so wanted at most {MAX_POSITION}"
         yield from _positive(f"{name}.rope_theta", kind.rope_theta, whole=False)
         yield from _positive(f"{name}.rope_scale", kind.rope_scale, whole=False)
     if attention.global_.window is not None:

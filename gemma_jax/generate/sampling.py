@@ -135,6 +135,8 @@ def sample(
     greedy = _argmax(logits)
     if plan.is_greedy:
         return greedy
+    # from the largest on, so that the best token stays at 0 however small the temperature is
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
     logits = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
     if plan.filters:
         logits = _filtered(logits, rows)

@@ -158,3 +158,29 @@ def test_convert_writes_another_format_and_reports(run, model_folder, tmp_path):
     code, out, err = run("convert", str(model_folder), target, "--to", "huggingface", model=False)
     assert (code, out) == (1, "")
     assert err.startswith(f"gemma-jax: error: {target} is there already")
+
+
+def test_a_conversation_that_outgrew_the_context_goes_on_at_a_terminal(run, monkeypatch):
+    """320 tokens of context; the second line is too long, and the third answers to the first two turns alone."""
+    lines = "hello\n" + "hello " * 400 + "\nthe user\n"
+    for is_terminal, code_wanted in ((True, 0), (False, 2)):
+        stdin = io.StringIO(lines)
+        stdin.isatty = lambda is_terminal=is_terminal: is_terminal
+        monkeypatch.setattr("sys.stdin", stdin)
+        code, out, err = run("chat", "-n", "3", "-t", "0", "--json")
+        assert code == code_wanted
+        assert out.count("finish_reason") == (2 if is_terminal else 1)
+        assert "reads at most 320" in err
+
+
+def test_a_prompt_is_checked_before_it_is_shown(run):
+    code, out, err = run("generate", "hello " * 400)
+    assert (code, out) == (2, "")
+    assert "reads at most 320" in err
+
+
+def test_an_empty_name_is_no_model(run):
+    for arguments in (("generate", "hi", "--model", ""), ("inspect", "")):
+        code, _, err = run(*arguments, model=False)
+        assert code == 2
+        assert "is an empty text" in err

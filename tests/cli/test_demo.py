@@ -1,8 +1,10 @@
 """The command line as a process of its own, on the real 270M."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -24,3 +26,16 @@ def test_chat_and_score_run():
     answer = json.loads(gemma_jax("chat", "--json", "-n", "8", "--seed", "1", given="Hi\n"))
     assert set(answer) == {"text", "finish_reason"}
     assert "perplexity" in gemma_jax("score", "The quick brown fox jumps over the lazy dog.")
+
+
+def test_an_interruption_ends_with_its_code_and_no_crash():
+    """While the program answers: at several moments after its first words."""
+    command = [sys.executable, "-m", "gemma_jax", "generate", "Once", "-n", "3000", "--ignore-eos"]
+    for seconds in (0.0, 0.3, 0.7, 1.5, 3.0):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.read(5)  # the prompt and what comes next
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+        assert (process.returncode, err.decode()) == (130, "")

@@ -24,6 +24,7 @@ def with_sources(*sources: int | None) -> tuple[LayerSpec, ...]:
         ("width", -32, r"width is -32"),
         ("context", 0, r"context is 0"),
         ("period", 0, r"period is 0"),
+        ("attention.local.window", 2**31, r"attention.local.window is 2147483648; positions are int32"),
         ("activation", "swish", r"activation is 'swish'.*gelu_tanh"),
         ("final_softcap", 0.0, r"final_softcap is 0.0"),
         ("final_softcap", math.nan, r"final_softcap is nan"),

@@ -102,7 +102,7 @@ def test_logits_equal_those_of_transformers(pair, batch, reference, is_padded):
     theirs, ours = pair
     tokens, mask = batch[0], batch[1] | (not is_padded)
     want, _ = reference(theirs, tokens, mask)
-    got = np.asarray(ours.logits(tokens, mask))
+    got = np.asarray(ours.logits(tokens, mask=mask))
     assert 0.3 < want[mask].std() < 5  # of order 1, so that the bound means something
     assert largest(got[mask], want[mask]) <= TOLERANCE
 
@@ -112,7 +112,7 @@ def test_every_hidden_state_equals_that_of_transformers(pair, batch, reference, 
     theirs, ours = pair
     tokens, mask = batch[0], batch[1] | (not is_padded)
     _, want = reference(theirs, tokens, mask)
-    got = np.asarray(ours.hidden_states(tokens, mask))
+    got = np.asarray(ours.hidden_states(tokens, mask=mask))
     assert got.shape == want.shape
     scale = np.abs(want[:, mask]).max(axis=(1, 2))  # of each layer: the stream grows
     errors = np.abs(got[:, mask] - want[:, mask]).max(axis=(1, 2))
@@ -141,7 +141,7 @@ def test_the_text_part_of_a_multimodal_model_equals_transformers(multimodal, bat
     tokens, mask = batch[0] % (VOCAB - 1), batch[1]  # no image tokens
     want, _ = reference(theirs, tokens, mask)
     ours = gemma_jax.load(folder, dtype="float32", progress=False)
-    assert largest(np.asarray(ours.logits(tokens, mask))[mask], want[mask]) <= TOLERANCE
+    assert largest(np.asarray(ours.logits(tokens, mask=mask))[mask], want[mask]) <= TOLERANCE
 
 
 # weight_names.md, section 3: what stands before the decoder's, the tower's and the projector's names in a release
