@@ -15,15 +15,15 @@ from gemma_checkpoints import codebooks
 
 @dataclass(frozen=True)
 class Encoding:
-    """A stored type: `size` bytes hold `block` values."""
+    """A stored type: `size` bytes hold `block` values. `decode` takes uint8 [n, size] and gives [n, block]; `encode`
+    takes float32 [n, block] and gives uint8 [n, size].
+    """
 
     name: str
     block: int
     size: int
     decode: Callable[[np.ndarray], np.ndarray]
-    encode: Callable[[np.ndarray], np.ndarray] | None = (
-        None  # float32 [n, block] -> uint8 [n, size]; None: never written
-    )
+    encode: Callable[[np.ndarray], np.ndarray] | None = None  # of float32; None: this type is never written
 
     def num_bytes(self, num_values: int) -> int:
         """Bytes that so many values take; the number is a multiple of `block`."""

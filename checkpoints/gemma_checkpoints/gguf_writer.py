@@ -2,7 +2,7 @@
 
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +67,13 @@ def _value(key: str, value: Any) -> bytes:
     if isinstance(value, str):
         return struct.pack("<I", STRING) + _string(value)
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-        return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(_strings(value))
+        return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_string, value))
     if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype in _TYPE_OF_DTYPE:
         return struct.pack("<IIQ", ARRAY, _TYPE_OF_DTYPE[value.dtype], value.size) + value.tobytes()
     kind = _number_type(value)
     if kind is None:
         raise CheckpointError(f"{key} is {value!r}, {type(value).__name__}; GGUF metadata cannot hold it")
     return struct.pack("<I", kind) + np.array(value, NUMBERS[kind]).tobytes()
-
-
-def _strings(values: list[str] | tuple[str, ...]) -> Iterator[bytes]:
-    return map(_string, values)
 
 
 def _number_type(value: Any) -> int | None:

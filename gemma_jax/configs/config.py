@@ -123,6 +123,11 @@ class DecoderConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def generation(self) -> int:
+        """1, 2 or 3: the family whose file formats have words for these norms. For writers of files, not for models."""
+        return 3 if self.attention.has_qk_norm else 2 if self.norm.has_post_norms else 1
+
     def kind(self, spec: LayerSpec) -> AttentionKind:
         """The attention kind of one layer."""
         return self.attention.local if spec.is_local else self.attention.global_

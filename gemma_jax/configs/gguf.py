@@ -116,7 +116,7 @@ def to_gguf(config: DecoderConfig) -> dict[str, Any]:
     """
     attention = config.attention
     everywhere = attention.global_
-    family = "gemma3" if attention.has_qk_norm else "gemma2" if config.norm.has_post_norms else "gemma"
+    family = ("gemma", "gemma2", "gemma3")[config.generation - 1]
     values: dict[str, Any] = {
         "context_length": config.context,
         "embedding_length": config.width,

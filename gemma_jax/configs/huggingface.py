@@ -184,7 +184,7 @@ def to_huggingface(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     """
     attention = config.attention
     local, everywhere = attention.local, attention.global_
-    family = "gemma3_text" if attention.has_qk_norm else "gemma2" if config.norm.has_post_norms else "gemma"
+    family = ("gemma", "gemma2", "gemma3_text")[config.generation - 1]
     data: dict[str, Any] = {
         "architectures": [_NAMES[family]],
         "attention_bias": False,
