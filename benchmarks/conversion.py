@@ -19,14 +19,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from flax import nnx
 
 from benchmarks import machine, tables
 from benchmarks.registry import DEFAULT_WORK
 from benchmarks.worker import peak_bytes
 from gemma_jax import configs, conversion, export
-from gemma_jax.nn.decoder import Decoder
-from gemma_jax.nn.paths import weights
 
 ABOUT = "What conversions cost: peak memory and speed on random weights in the shape of a large model."
 
@@ -42,14 +39,11 @@ RUNS: dict[str, dict[str, Any]] = {
 def make(folder: Path, name: str) -> int:
     """Writes random weights; bytes of the largest tensor."""
     config = configs.get(name).replace("vision", None)
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    shapes = {path: place.shape for path, place in weights(model).items()}
     table = export.table("huggingface", config)
     random = np.random.default_rng(0).standard_normal(1 << 20, np.float32).astype(ml_dtypes.bfloat16)
-    with export.writer(folder, "huggingface", config, shapes, export.Precision("bfloat16"), None) as writer:
-        for entry in table.entries:
-            shape = entry.source_shape(shapes[entry.path])
-            writer.put(table.written(entry), np.resize(random, shape))
+    with export.writer(folder, config, table, export.Precision("bfloat16"), None) as writer:
+        for name, layout in writer.tensors.items():
+            writer.put(name, np.resize(random, layout.shape))
     return max(layout.nbytes for layout in writer.tensors.values())
 
 

@@ -2,21 +2,18 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 import gemma_checkpoints
-from gemma_checkpoints import CheckpointError, Reader, Writer, names
+from gemma_checkpoints import CheckpointError, Reader, Writer
+from gemma_checkpoints.names import Assembly, Weights
 from gemma_jax import export, loading
 from gemma_jax.export import Precision
-from gemma_jax.nn.decoder import Decoder
-from gemma_jax.nn.paths import weights
 
 # Files of a Hugging Face folder that go along to another one.
 TOKENIZER_FILES = (
@@ -53,6 +50,7 @@ def convert(
     dtype: str | None = None,
     quantize: str | None = None,
     text_only: bool = False,
+    style: str | None = None,
     verify: bool = False,
     progress: bool | None = None,
 ) -> Report:
@@ -64,7 +62,8 @@ def convert(
         to: "huggingface" or "gguf".
         dtype: "float32" or "bfloat16". None: bfloat16 if that is how the source stores its matrices, else float32.
         quantize: "q8_0" or "q4_0" for GGUF; see `export.Precision`.
-        text_only: leave out the vision tower of a multimodal model, which cannot be written yet.
+        text_only: leave out the vision tower of a multimodal model.
+        style: of the prefixes of Hugging Face's names, one of `families.STYLES`. None: as the releases do it.
         verify: read every tensor back and compare its digest with what was written, then load both and compare their
             logits on a fixed prompt (which needs memory for one whole model).
         progress: show a bar on stderr. None: if it is a terminal.
@@ -75,21 +74,17 @@ def convert(
     path = loading.find(source)
     with gemma_checkpoints.open(path) as reader:
         config = loading.read_config(reader, path)
-        table = export.table(loading.format_of(reader), config)
-        left_out = tuple(table.left_out(reader))
-        if left_out and not text_only:
-            raise CheckpointError(
-                f"{path} has {len(left_out)} tensors of a vision tower (such as {left_out[0]!r}), which cannot be "
-                "written yet; ask for the text part alone (text_only, --text-only)"
-            )
+        weights = Weights(reader, loading.table_of(reader, config))
+        config = config.replace("vision", None) if text_only else config
+        assembly = Assembly(export.table(to, config, style))
         precision = Precision(dtype or stored_dtype(reader), quantize)
-        model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-        shapes = {name: place.shape for name, place in weights(model).items()}
         tokenizer = loading.read_tokenizer(reader, path)
-        files = _tokenizer_files(path) if to == "huggingface" else None
-        target = export.writer(destination, to, config, shapes, precision, tokenizer, files)
+        files = {} if to == "gguf" else _tokenizer_files(path)
+        target = export.writer(destination, config, assembly.table, precision, tokenizer, files)
         with target:
-            _stream(reader, table, target, export.table(to, config), shapes, progress)
+            _stream(weights, assembly, target, progress)
+    kept = {entry.path for entry in assembly.table.entries}
+    left_out = tuple(weights.source_name(path) for path in weights.entries if path not in kept)
     num_bytes = sum(layout.nbytes for layout in target.tensors.values())
     report = Report(str(source), str(destination), len(target.tensors), num_bytes, left_out)
     return _verified(report, path, target, is_exact=_is_exact(reader, precision)) if verify else report
@@ -112,26 +107,15 @@ def _tokenizer_files(path: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
 
 
-def _stream(
-    reader: Reader,
-    table: names.Table,
-    target: Writer,
-    target_table: names.Table,
-    shapes: dict[str, tuple[int, ...]],
-    progress: bool | None,
-) -> None:
-    entries = {entry.path: entry for entry in target_table.entries}
-    buffers: dict[str, np.ndarray] = {}
-
-    def destination(path: str) -> np.ndarray:
-        buffers[path] = np.empty(shapes[path], np.float32)
-        return buffers[path]
-
-    stream: Iterator[str] = names.stream(reader, table, shapes, destination)
+def _stream(weights: Weights, assembly: Assembly, target: Writer, progress: bool | None) -> None:
+    wanted = {entry.path: entry for entry in assembly.table.entries}
+    paths = [path for path in weights.paths() if path in wanted]
     is_quiet = None if progress is None else not progress  # tqdm's None: only if stderr is a terminal
-    for path in tqdm(stream, total=len(shapes), desc="tensors", unit="tensor", disable=is_quiet):
-        entry = entries[path]
-        target.put(target_table.written(entry), entry.stored(buffers.pop(path)))
+    for path in tqdm(paths, desc="tensors", unit="tensor", disable=is_quiet):
+        values = np.empty(wanted[path].shape, np.float32)
+        weights.read(path, values)
+        for name, stored in assembly.add(path, values):
+            target.put(name, stored)
 
 
 def _verified(report: Report, source: Path, target: Writer, *, is_exact: bool) -> Report:

@@ -5,16 +5,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_checkpoints import GGUFWriter, Layout, SafetensorsWriter, Writer, encodings, names
+from gemma_checkpoints import GGUFWriter, Layout, SafetensorsWriter, Writer, encodings, families
 from gemma_checkpoints.encodings import Encoding
-from gemma_checkpoints.names import Table
+from gemma_checkpoints.families import FORMATS, DecoderSizes, NoPlaceError, SiglipSizes
+from gemma_checkpoints.names import Entry, Table
 from gemma_jax.configs.config import ConfigError, DecoderConfig
 from gemma_jax.configs.gguf import to_gguf
 from gemma_jax.configs.huggingface import to_huggingface
 from gemma_jax.text.tokenizer import Tokenizer
 from gemma_jax.text.vocabulary import gguf_metadata, serialise
 
-FORMATS = ("huggingface", "gguf")
 DTYPES: Mapping[str, Encoding] = {"float32": encodings.F32, "bfloat16": encodings.BF16}
 QUANTIZATIONS: Mapping[str, Encoding] = {"q8_0": encodings.Q8_0, "q4_0": encodings.Q4_0}
 _FILE_TYPES = {"F32": 0, "BF16": 32, "Q8_0": 7, "Q4_0": 2}  # llama.h, enum llama_ftype
@@ -45,42 +45,60 @@ class Precision:
         return DTYPES[self.dtype] if self.quantize is None else QUANTIZATIONS[self.quantize]
 
 
-def table(source: str, config: DecoderConfig) -> Table:
-    """The names of a decoder's weights in one kind of file, "gguf" or "huggingface"."""
-    return names.decoder(
-        source,
-        config.num_layers,
-        has_qk_norm=config.attention.has_qk_norm,
+def table(format: str, config: DecoderConfig, style: str | None = None) -> Table:
+    """Where the weights of a model lie in one format, one of `FORMATS`; see `families.gemma`.
+
+    Raises ValueError for another format; ConfigError for a model whose weights the format has no names for.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"the format is {format!r}; wanted {' or '.join(map(repr, FORMATS))}")
+    attention, tower = config.attention, config.vision
+    sizes = DecoderSizes(
+        vocab_size=config.vocab_size,
+        width=config.width,
+        num_heads=attention.num_heads,
+        num_kv_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
+        ffw_widths=tuple(spec.ffw_width for spec in config.layers),
+        has_qk_norm=attention.has_qk_norm,
         has_post_norms=config.norm.has_post_norms,
         has_tied_head=config.has_tied_head,
     )
+    tower_sizes = None
+    if tower is not None:
+        num_patches = (tower.image_size // tower.patch_size) ** 2
+        tower_sizes = SiglipSizes(
+            tower.num_layers, tower.width, tower.num_heads, tower.ffw_width, tower.patch_size, num_patches
+        )
+    try:
+        return families.gemma(format, sizes, tower_sizes, style)
+    except NoPlaceError as error:
+        hint = "; leave the vision tower out (text_only, --text-only)" if tower is not None else ""
+        raise ConfigError(f"config {config.name!r} cannot be written: {error}{hint}") from None
 
 
 def writer(
     destination: str | os.PathLike,
-    to: str,
     config: DecoderConfig,
-    shapes: Mapping[str, tuple[int, ...]],
+    table: Table,
     precision: Precision,
     tokenizer: Tokenizer | None,
     files: Mapping[str, bytes] | None = None,
 ) -> Writer:
-    """A writer that waits for every weight of `shapes` (by our path), under the names of `table(to, config)`.
+    """A writer, in the format of the table, that waits for its tensors; see `table` and `names.Assembly`.
 
     `files` are a Hugging Face folder's tokenizer files; without any, tokenizer.model is made from `tokenizer`.
-    Raises ConfigError for a decoder or vocabulary that the format cannot hold, ValueError for another format.
+    Raises ConfigError for a model or vocabulary that the format cannot hold, ValueError for another precision.
     """
-    if to not in FORMATS:
-        raise ValueError(f"the format is {to!r}; wanted {' or '.join(map(repr, FORMATS))}")
-    if to == "huggingface" and precision.quantize is not None:
+    to = table.format
+    if to != "gguf" and precision.quantize is not None:
         raise ValueError(f"quantize is {precision.quantize!r}, but only GGUF holds quantised weights; leave it out")
     if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
         raise ConfigError(f"vocab_size is {config.vocab_size}, but the tokenizer has {tokenizer.vocab_size} pieces")
-    names_in_file = table(to, config)
-    layouts = {}
-    for entry in names_in_file.entries:
-        shape = entry.source_shape(shapes[entry.path])
-        layouts[names_in_file.written(entry)] = Layout(shape, _encoding(to, entry.path, shape, precision))
+    layouts = {
+        table.written(entry.source): Layout(entry.source_shape, _encoding(to, entry, precision))
+        for entry in table.entries
+    }
     if to == "gguf":
         return GGUFWriter(destination, layouts, _gguf_metadata(config, precision, tokenizer))
     if not files and tokenizer is not None:
@@ -88,10 +106,10 @@ def writer(
     return SafetensorsWriter(destination, layouts, to_huggingface(config, precision.dtype), files)
 
 
-def _encoding(to: str, path: str, shape: tuple[int, ...], precision: Precision) -> Encoding:
-    if to == "gguf" and len(shape) == 1:
+def _encoding(to: str, entry: Entry, precision: Precision) -> Encoding:
+    if to == "gguf" and len(entry.source_shape) == 1:
         return encodings.F32
-    is_table = path in ("embedder/embedding", "head/embedding")
+    is_table = entry.path in ("embedder/embedding", "head/embedding")
     return encodings.Q8_0 if is_table and precision.quantize is not None else precision.encoding
 
 

@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +16,8 @@ from flax import nnx
 from tqdm import tqdm
 
 import gemma_checkpoints
-from gemma_checkpoints import CheckpointError, GGUFReader, Reader, names
+from gemma_checkpoints import CheckpointError, Reader, families
+from gemma_checkpoints.names import Table, Weights
 from gemma_jax import configs, export
 from gemma_jax.configs import overrides as config_overrides
 from gemma_jax.configs.config import ConfigError, DecoderConfig
@@ -27,7 +27,7 @@ from gemma_jax.folders import cache_folder
 from gemma_jax.model import Gemma
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.layers import CPU_LAYOUT, PLAIN_LAYOUT
-from gemma_jax.nn.paths import weights
+from gemma_jax.nn.paths import Place, weights
 from gemma_jax.text.tokenizer import Tokenizer
 from gemma_jax.text.vocabulary import TokenizerError
 
@@ -138,14 +138,16 @@ def read_config(reader: Reader, path: Path) -> DecoderConfig:
         raise CheckpointError(f"{path} {what}; it says how the weights are to be used")
     name = path.stem if path.is_file() else path.resolve().name
     try:
-        return (from_gguf if format_of(reader) == "gguf" else from_huggingface)(reader.metadata, name=name)
+        return (from_gguf if reader.format == "gguf" else from_huggingface)(reader.metadata, name=name)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def format_of(reader: Reader) -> str:
-    """ "gguf" or "huggingface", as name tables call them."""
-    return "gguf" if isinstance(reader, GGUFReader) else "huggingface"
+def table_of(reader: Reader, config: DecoderConfig) -> Table:
+    """Where the weights of a model lie in an open checkpoint."""
+    table = export.table(reader.format, config)
+    period = families.period_of_stack(reader) if reader.format == "deepmind" else None
+    return table if period is None else families.stacked(table, period)
 
 
 def read_weights(
@@ -155,23 +157,44 @@ def read_weights(
     layout = CPU_LAYOUT if jax.default_backend() == "cpu" else PLAIN_LAYOUT
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, layout=layout))
     places = weights(model)
-    table = export.table(format_of(reader), config)
-    missing = Counter(place.name for place in places.values())
-    buffers: dict[str, np.ndarray] = {}  # by parameter; a fused one waits for all its weights
-
-    def destination(path: str) -> np.ndarray:
-        place = places[path]
-        if place.name not in buffers:
-            buffers[place.name] = _aligned(place.param.get_raw_value().shape, dtype)
-        return place.view(buffers[place.name])
-
-    stream = names.stream(reader, table, {path: place.shape for path, place in places.items()}, destination)
-    for path in tqdm(stream, total=len(places), desc="weights", unit="tensor", disable=_is_quiet(progress)):
-        name, param = places[path].name, places[path].param
-        missing[name] -= 1
-        if not missing[name]:
-            param.set_raw_value(_placed(buffers.pop(name), param, sharding))
+    source = Weights(reader, table_of(reader, config.replace("vision", None)))  # a tower is not read yet
+    members: dict[str, list[str]] = {}  # of each parameter: a fused one is made of several weights
+    for path in source.paths():
+        if path in places:
+            members.setdefault(places[path].name, []).append(path)
+    with tqdm(total=len(places), desc="weights", unit="tensor", disable=_is_quiet(progress)) as bar:
+        for paths in members.values():
+            _read_parameter(source, [(path, places[path]) for path in paths], dtype, sharding)
+            bar.update(len(paths))
     return model
+
+
+def _read_parameter(
+    source: Weights, members: Sequence[tuple[str, Place]], dtype: str, sharding: Placement | None
+) -> None:
+    """Fills a parameter, shard by shard: of the file each process reads what its devices hold."""
+    param = members[0][1].param
+    shape = param.get_raw_value().shape
+    shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # replicas are read once
+
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        if bounds not in shards:
+            region = tuple(slice(*pair) for pair in bounds)
+            shards[bounds] = buffer = _aligned(tuple(stop - start for start, stop in bounds), dtype)
+            for path, place in members:
+                view, part = place.within(buffer, region)
+                if view.size:
+                    source.read(path, view, part)
+        return shards[bounds]
+
+    if sharding is None:
+        whole = shard(tuple(slice(None) for _ in shape))
+        param.set_raw_value(jax.device_put(whole, may_alias=True))  # on CPU no copy; it is not written again
+        return
+    to = sharding if isinstance(sharding, jax.sharding.Sharding) else sharding(param.get_metadata("dims"), shape)
+    param.set_raw_value(jax.make_array_from_callback(shape, to, shard))
 
 
 def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -179,13 +202,6 @@ def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + size].view(jnp.dtype(dtype)).reshape(shape)
-
-
-def _placed(array: np.ndarray, param: nnx.Param, sharding: Placement | None) -> jax.Array:
-    if sharding is None:
-        return jax.device_put(array, may_alias=True)  # on CPU no copy; the array is not written again
-    to = sharding if isinstance(sharding, jax.sharding.Sharding) else sharding(param.get_metadata("dims"), array.shape)
-    return jax.device_put(array, to)
 
 
 def _is_quiet(progress: bool | None) -> bool | None:

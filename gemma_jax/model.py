@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from gemma_checkpoints.names import Assembly
 from gemma_jax import export
 from gemma_jax.configs.config import DecoderConfig
 from gemma_jax.export import Precision
@@ -117,13 +118,12 @@ class Gemma:
         model that the format cannot describe; ValueError.
         """
         precision = Precision(dtype or self.model.final_norm.scale.dtype.name, quantize)
-        places = weights(self.model)
-        shapes = {path: place.shape for path, place in places.items()}
-        with export.writer(destination, format, self.config, shapes, precision, self.tokenizer) as writer:
-            table = export.table(format, self.config)
-            for entry in table.entries:
-                place = places[entry.path]
-                writer.put(table.written(entry), entry.stored(place.view(np.asarray(place.param.get_raw_value()))))
+        config = self.config.replace("vision", None)  # a decoder has no tower
+        assembly = Assembly(export.table(format, config))
+        with export.writer(destination, config, assembly.table, precision, self.tokenizer) as writer:
+            for path, place in weights(self.model).items():
+                for name, values in assembly.add(path, place.view(np.asarray(place.param.get_raw_value()))):
+                    writer.put(name, values)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

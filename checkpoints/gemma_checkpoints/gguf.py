@@ -43,6 +43,8 @@ class GGUFReader(Reader):
     Raises CheckpointError for anything that is not a whole, consistent GGUF file.
     """
 
+    format = "gguf"
+
     def __init__(self, path: str | os.PathLike):
         path = Path(path)
         with path.open("rb") as file:

@@ -1,9 +1,11 @@
-"""Name tables: which tensor of a file is which weight of ours, and how it lies there. Pure data and its use.
+"""Names and places: which tensor of a file a weight of ours lies in, and how. What tables are made of, and their use.
 
 Our names and shapes are those of the specification of weight names: kernels stand (in, out) with heads split out, norm
-scales are zero-centred. Files store a kernel as the matrix [out, in].
+scales as the family stores them. The tables of the families are in `families`.
 """
 
+import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,162 +14,147 @@ import numpy as np
 
 from gemma_checkpoints.reader import CheckpointError, Reader
 
-SOURCES = ("gguf", "huggingface")
+Region = tuple[slice, ...]  # of an array, one slice a dimension, each with a start and a stop
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One weight: `path` is our name for it, `source` the file's (for Hugging Face without the family's prefix)."""
+    """One weight: `path` and `shape` are ours, `source` is the file's tensor that it lies in (without prefixes)."""
 
     path: str
+    shape: tuple[int, ...]
     source: str
-    num_inputs: int | None = None  # our leading dimensions that are inputs; files have [out, in]. None: as ours
+    axes: str = ""  # our dimensions and the file's, as "D N H -> (N H) D"; empty: they are the same
+    index: tuple[int, ...] = ()  # which one, if the tensor stacks several weights along its first dimensions
+    stack: tuple[int, ...] = ()  # how many it stacks along each of them
     offset: float = 0.0  # added to the stored values: GGUF stores 1 + scale
     has_spare_rows: bool = False  # the file may have more rows than we: padding of the vocabulary
 
-    def source_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The stored shape of a weight that has `shape` here."""
-        if self.num_inputs is None:
-            return tuple(shape)
-        return int(np.prod(shape[self.num_inputs :])), int(np.prod(shape[: self.num_inputs]))
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """The shape of the file's tensor, all that it stacks included."""
+        sizes = (math.prod(self.shape[axis] for axis in group) for group in self._groups)
+        return (*self.stack, *sizes)
 
     def source_view(self, ours: np.ndarray) -> np.ndarray:
-        """An array of ours seen as the file stores it; writing to the view writes to the array."""
-        return ours if self.num_inputs is None else ours.reshape(self.source_shape(ours.shape)[::-1]).T
+        """An array of ours (or a region of it) seen as the file stores it; writing to the view writes to the array."""
+        order = [axis for group in self._groups for axis in group]
+        moved = ours.transpose(order)
+        merged = [math.prod(ours.shape[axis] for axis in group) for group in self._groups]
+        view = moved.reshape(merged)
+        assert not view.size or np.shares_memory(view, ours), f"{self.axes} of an array with strides {ours.strides}"
+        return view
+
+    def source_region(self, region: Region) -> tuple[Region, tuple[int, ...]]:
+        """What has to be read for a region of ours: the smallest region around it that is one in the file, too, and
+        where that begins in the file's tensor.
+        """
+        around, start = list(region), list(self.index)
+        for group in self._groups:
+            first = 0
+            for position, axis in enumerate(group):
+                rest = math.prod(self.shape[after] for after in group[position + 1 :])
+                first += around[axis].start * rest
+                if around[axis].stop - around[axis].start > 1:  # what follows must be whole
+                    for after in group[position + 1 :]:
+                        around[after] = slice(0, self.shape[after])
+                    break
+            start.append(first)
+        return tuple(around), tuple(start)
 
     def stored(self, ours: np.ndarray) -> np.ndarray:
-        """What the file holds for an array of ours."""
+        """What the file holds for an array of ours (of a stack: this one's part)."""
         source = self.source_view(ours)
         return source.astype(np.float32) - np.float32(self.offset) if self.offset else source
 
+    @property
+    def _groups(self) -> tuple[tuple[int, ...], ...]:
+        return _groups(self.axes) if self.axes else tuple((axis,) for axis in range(len(self.shape)))
 
-# ours: (GGUF, Hugging Face, leading input dimensions; None is a norm)
-_LAYER: Mapping[str, tuple[str, str, int | None]] = {
-    "pre_attention_norm/scale": ("attn_norm", "input_layernorm", None),
-    "attn/q/kernel": ("attn_q", "self_attn.q_proj", 1),
-    "attn/k/kernel": ("attn_k", "self_attn.k_proj", 1),
-    "attn/v/kernel": ("attn_v", "self_attn.v_proj", 1),
-    "attn/o/kernel": ("attn_output", "self_attn.o_proj", 2),
-    "pre_ffw_norm/scale": ("ffn_norm", "pre_feedforward_layernorm", None),
-    "mlp/gate/kernel": ("ffn_gate", "mlp.gate_proj", 1),
-    "mlp/up/kernel": ("ffn_up", "mlp.up_proj", 1),
-    "mlp/down/kernel": ("ffn_down", "mlp.down_proj", 1),
-}
-_QK_NORM = {
-    "attn/q_norm/scale": ("attn_q_norm", "self_attn.q_norm", None),
-    "attn/k_norm/scale": ("attn_k_norm", "self_attn.k_norm", None),
-}
-_POST_NORMS = {
-    "post_attention_norm/scale": ("post_attention_norm", "post_attention_layernorm", None),
-    "post_ffw_norm/scale": ("post_ffw_norm", "post_feedforward_layernorm", None),
-}
-# Gemma 1 has no norms after its blocks, and in Hugging Face's names the one before the ffw comes "after attention".
-_GEMMA1 = {"pre_ffw_norm/scale": ("ffn_norm", "post_attention_layernorm", None)}
 
-_TOWERS = r"(vision_tower|multi_modal_projector)\..*"
-# Tensors that may be in a file and are not read: by Hugging Face's name without prefix, and why.
-_IGNORED = {
-    "huggingface": (
-        (_TOWERS, "the text part is read"),
-        (r".*\.position_ids|.*rotary_emb\.inv_freq|.*\.embed_scale", "computed from the config"),
-    ),
-    "gguf": ((r"rope_freqs\.weight", "computed from the config"),),
-}
-_TIED_HEAD = (r"lm_head\.weight", "the head is the embedding table")
+@functools.cache
+def _groups(axes: str) -> tuple[tuple[int, ...], ...]:
+    """For each dimension of the file which of ours it is made of: "D N H -> (N H) D" is ((1, 2), (0,)); "1" is ()."""
+    ours, theirs = (side.split() if i == 0 else side for i, side in enumerate(axes.split(" -> ")))
+    groups = re.findall(r"\(([^)]*)\)|(\S+)", str(theirs))
+    named = [tuple(several.split()) if several else () if one == "1" else (one,) for several, one in groups]
+    assert sorted(name for group in named for name in group) == sorted(ours), f"{axes!r} does not name all dimensions"
+    return tuple(tuple(list(ours).index(name) for name in group) for group in named)
 
 
 @dataclass(frozen=True)
 class Table:
     """The weights of one model in one kind of file."""
 
-    source: str
+    format: str
     entries: tuple[Entry, ...]
-    ignored: tuple[tuple[str, str], ...]  # pattern and reason
-
-    def normalised(self, name: str) -> str:
-        """The name without what varies between a family's files."""
-        return huggingface_name(name) if self.source == "huggingface" else name
-
-    def written(self, entry: Entry) -> str:
-        """The full name under which an entry is written: for Hugging Face in the style of text models."""
-        has_prefix = self.source == "huggingface" and not entry.source.startswith("lm_head.")
-        return f"model.{entry.source}" if has_prefix else entry.source
+    ignored: tuple[tuple[str, str], ...] = ()  # pattern of a name, and the reason
+    normalised: Callable[[str], str] = str  # the name in a file without what varies between a family's files
+    written: Callable[[str], str] = str  # the full name under which an entry's `source` is written
 
     def is_ignored(self, name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern, _ in self.ignored)
 
-    def left_out(self, reader: Reader) -> list[str]:
-        """The tensors of a file that are weights and that no entry reads: the vision tower of a multimodal model."""
-        is_tower = re.compile(_TOWERS).fullmatch
-        return [name for name in reader.tensors if is_tower(self.normalised(name))]
+    def without(self, *rooms: str) -> "Table":
+        """Only the entries whose path begins with none of `rooms`, such as "vision/"."""
+        kept = tuple(entry for entry in self.entries if not entry.path.startswith(rooms))
+        return Table(self.format, kept, self.ignored, self.normalised, self.written)
 
 
-def decoder(
-    source: str, num_layers: int, *, has_qk_norm: bool = True, has_post_norms: bool = True, has_tied_head: bool = True
-) -> Table:
-    """The table of a Gemma 1, 2 or 3 decoder. `source` is "gguf" or "huggingface"."""
-    column = SOURCES.index(source)
-    layer = {**_LAYER, **(_QK_NORM if has_qk_norm else {}), **(_POST_NORMS if has_post_norms else _GEMMA1)}
-    scale_offset = -1.0 if source == "gguf" else 0.0
-    embedding, norm, head, prefix = (
-        ("token_embd", "output_norm", "output", "blk"),
-        ("embed_tokens", "norm", "lm_head", "layers"),
-    )[column]
-    entries = [Entry("embedder/embedding", f"{embedding}.weight", has_spare_rows=True)]
-    for i in range(num_layers):
-        for path, names in layer.items():
-            num_inputs = names[2]
-            offset = scale_offset if num_inputs is None else 0.0
-            entries.append(Entry(f"layers_{i}/{path}", f"{prefix}.{i}.{names[column]}.weight", num_inputs, offset))
-    entries.append(Entry("final_norm/scale", f"{norm}.weight", offset=scale_offset))
-    if not has_tied_head:
-        entries.append(Entry("head/embedding", f"{head}.weight", has_spare_rows=True))
-    ignored = _IGNORED[source] + ((_TIED_HEAD,) if has_tied_head and source == "huggingface" else ())
-    return Table(source, tuple(entries), ignored)
+class Weights:
+    """The weights in an open checkpoint, by our paths.
 
-
-def huggingface_name(name: str) -> str:
-    """A tensor's name without the prefixes that differ between releases (specification of weight names, section 3)."""
-    while name.startswith("model."):
-        name = name.removeprefix("model.")
-    name = re.sub(r"^language_model\.(model\.|(?=lm_head))", lambda m: "language_model." if m[1] else "", name)
-    name = re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
-    return name.removeprefix("language_model.")
-
-
-def stream(
-    reader: Reader,
-    table: Table,
-    shapes: Mapping[str, tuple[int, ...]],
-    destination: Callable[[str], np.ndarray],
-) -> Iterator[str]:
-    """Reads every weight of a table straight into `destination(path)`, tensor by tensor in the order of the files.
-
-    Args:
-        shapes: the shape of each weight by our path.
-        destination: gives the array to fill, of this shape and any dtype; of a kernel all but the
-            first dimension must be C-contiguous.
-
-    Yields: the path of each weight once it is filled.
-    Raises: CheckpointError before anything is read that lists all tensors that are missing, unknown or of another
-        shape, naming the file.
+    Raises: CheckpointError that lists all tensors that are missing, unknown or of another shape than the table's,
+        naming the file; before anything is read.
     """
-    names = _matched(reader, table, shapes)
-    infos = {entry: reader.tensors[names[entry.source]] for entry in table.entries}
-    for entry in sorted(infos, key=lambda entry: (infos[entry].file, infos[entry].offset)):
-        target = entry.source_view(destination(entry.path))
+
+    def __init__(self, reader: Reader, table: Table):
+        self.reader, self.entries = reader, {entry.path: entry for entry in table.entries}
+        self._names = _matched(reader, table)
+
+    def paths(self) -> list[str]:
+        """All paths, in the order in which they lie in the files."""
+        return sorted(self.entries, key=lambda path: (*self._where(path), self.entries[path].index))
+
+    def source_name(self, path: str) -> str:
+        """The full name of the file's tensor that a weight lies in."""
+        return self._names[self.entries[path].source]
+
+    def read(self, path: str, out: np.ndarray, region: Region | None = None) -> None:
+        """Fills `out`, of any real dtype, with a weight or a region of it.
+
+        `out` has the weight's (or region's) shape; dimensions that lie together in the file must be together in it.
+        Raises CheckpointError if the file is damaged.
+        """
+        entry = self.entries[path]
+        region = region or tuple(slice(0, size) for size in entry.shape)
+        around, start = entry.source_region(region)
+        is_same = around == region
+        target = out if is_same else np.empty([part.stop - part.start for part in around], out.dtype)
+        view = entry.source_view(target)
         if entry.offset:
-            target[...] = reader.read(names[entry.source]) + np.float32(entry.offset)
+            values = np.empty(view.shape, np.float32)
+            self._fill(entry, values, start)
+            view[...] = values + np.float32(entry.offset)
         else:
-            reader.read(names[entry.source], out=target)
-        yield entry.path
+            self._fill(entry, view, start)
+        if not is_same:
+            cut = (slice(r.start - a.start, r.stop - a.start) for r, a in zip(region, around, strict=True))
+            out[...] = target[tuple(cut)]
+
+    def _fill(self, entry: Entry, view: np.ndarray, start: Sequence[int]) -> None:
+        self.reader.read(self._names[entry.source], out=view.reshape((1,) * len(entry.stack) + view.shape), start=start)
+
+    def _where(self, path: str) -> tuple[str, int]:
+        info = self.reader.tensors[self.source_name(path)]
+        return str(info.file), info.offset
 
 
-def _matched(reader: Reader, table: Table, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def _matched(reader: Reader, table: Table) -> dict[str, str]:
     """From the source name of each entry to the full name in the file."""
     problems: list[str] = []
     names: dict[str, str] = {}
-    wanted = {entry.source for entry in table.entries}
+    wanted = {entry.source: entry for entry in table.entries}
     for name in reader.tensors:
         short = table.normalised(name)
         if short in names:
@@ -176,15 +163,45 @@ def _matched(reader: Reader, table: Table, shapes: Mapping[str, tuple[int, ...]]
             names[short] = name
         elif not table.is_ignored(short):
             problems.append(f"{name!r} is unknown")
-    for entry in table.entries:
-        if entry.source not in names:
-            problems.append(f"{entry.source!r} is missing")
+    for source, entry in wanted.items():
+        if source not in names:
+            problems.append(f"{source!r} is missing")
             continue
-        stored, ours = reader.tensors[names[entry.source]].shape, entry.source_shape(shapes[entry.path])
+        stored, ours = reader.tensors[names[source]].shape, entry.source_shape
         has_room = entry.has_spare_rows and stored[1:] == ours[1:] and stored[:1] >= ours[:1]
         if stored != ours and not has_room:
-            problems.append(f"{names[entry.source]!r} has shape {list(stored)}, but the config says {list(ours)}")
+            problems.append(f"{names[source]!r} has shape {list(stored)}, but the config says {list(ours)}")
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise CheckpointError(f"the tensors of {reader.path} do not fit its config:\n  " + "\n  ".join(shown))
     return names
+
+
+class Assembly:
+    """Puts weights together into the tensors of a table, for a writer: several may lie in one."""
+
+    def __init__(self, table: Table):
+        self.table, self._entries = table, {entry.path: entry for entry in table.entries}
+        self._members: dict[str, int] = {}
+        for entry in table.entries:
+            self._members[entry.source] = self._members.get(entry.source, 0) + 1
+        self._begun: dict[str, tuple[np.ndarray, int]] = {}
+
+    def add(self, path: str, ours: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """The full name and values of the file's tensor, once all its members have come."""
+        entry = self._entries[path]
+        values = entry.stored(ours)
+        if not entry.stack:
+            yield self.table.written(entry.source), values
+            return
+        if entry.source not in self._begun:
+            self._begun[entry.source] = np.empty(entry.source_shape, values.dtype), self._members[entry.source]
+        whole, missing = self._begun[entry.source]
+        whole[entry.index] = values
+        self._begun[entry.source] = whole, missing - 1
+        if missing == 1:
+            yield self.table.written(entry.source), self._begun.pop(entry.source)[0]
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the file's tensors by full name, in the table's order."""
+        return {self.table.written(entry.source): entry.source_shape for entry in self.table.entries}

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +47,8 @@ class Reader:
     Files are read by position, never mapped: a file that shrinks gives an error and not a bus error.
     """
 
+    format: str  # as name tables call it
+
     def __init__(self, path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]):
         self.path, self.metadata, self.tensors = path, metadata, tensors
         self._open: dict[Path, int] = {}
@@ -62,37 +64,50 @@ class Reader:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def read(self, name: str, dtype: Any = np.float32, out: np.ndarray | None = None) -> np.ndarray:
-        """Decodes one tensor, at most about a MiB at a time.
+    def read(
+        self, name: str, dtype: Any = np.float32, out: np.ndarray | None = None, start: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """Decodes one tensor or a region of it, at most about a MiB at a time.
 
         Args:
             name: one of `tensors`.
             dtype: of the result when `out` is None.
-            out: where to write, of any dtype and strides, in the shape of the tensor; fewer rows (first dimension)
-                take the tensor's first ones.
+            out: where to write, of any real dtype and strides, with the tensor's number of dimensions.
+            start: where the region of the shape of `out` begins. None: at the tensor's first value.
 
-        Raises: CheckpointError if there is no such tensor or the file is too short; ValueError for a wrong `out`.
+        Raises: CheckpointError if there is no such tensor or the file is damaged; ValueError for a wrong `out`.
         """
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} has no tensor {name!r}")
         info = self.tensors[name]
         out = np.empty(info.shape, dtype) if out is None else out
-        if out.shape[1:] != info.shape[1:] or out.shape[:1] > info.shape[:1]:
-            raise ValueError(f"out has shape {out.shape}; {name} has {info.shape}")
+        begin = tuple(start or (0,) * len(info.shape))
+        if out.ndim != len(info.shape) or any(
+            first < 0 or first + count > size for first, count, size in zip(begin, out.shape, info.shape, strict=True)
+        ):
+            raise ValueError(f"out has shape {out.shape} and starts at {begin}; {name} has {info.shape}")
+        if out.size:
+            self._fill(info, out, begin)
+        return out
+
+    def _fill(self, info: TensorInfo, out: np.ndarray, begin: tuple[int, ...]) -> None:
+        """Whole rows are read, those that `out` has, and of each what it has."""
         if not info.shape:
             out[...] = self._piece(info, 0, 1)[0]
-            return out
-        columns = info.shape[-1]
+            return
+        shape, first = (1, *info.shape)[-max(2, len(info.shape)) :], (0, *begin)[-max(2, len(begin)) :]
+        target = out if out.ndim > 1 else out[None]
+        columns, wanted = shape[-1], slice(first[-1], first[-1] + target.shape[-1])
         rows_each = max(1, PIECE_BYTES // (4 * columns))
-        matrices = np.ndindex(out.shape[:-2])
-        for at, index in enumerate(matrices):
-            matrix = out[index] if out.ndim > 1 else out[None]
-            first = at * matrix.shape[0]
+        for index in np.ndindex(target.shape[:-2]):
+            matrix, before = target[index], 0
+            for size, i, at in zip(shape, index, first, strict=False):
+                before = before * size + at + i
+            top = before * shape[-2] + first[-2]
             for row in range(0, matrix.shape[0], rows_each):
                 stop = min(row + rows_each, matrix.shape[0])
-                values = self._piece(info, (first + row) * columns, (first + stop) * columns)
-                matrix[row:stop] = values.reshape(-1, columns)
-        return out
+                values = self._piece(info, (top + row) * columns, (top + stop) * columns)
+                matrix[row:stop] = values.reshape(-1, columns)[:, wanted]
 
     def digest(self, name: str) -> str:
         """BLAKE2b of a tensor's bytes as stored, in hexadecimal; see `Writer.digests`."""

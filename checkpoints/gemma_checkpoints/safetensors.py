@@ -29,6 +29,8 @@ class SafetensorsReader(Reader):
     Raises CheckpointError for damaged files, shards that are missing and tensors that are not where the index says.
     """
 
+    format = "huggingface"
+
     def __init__(self, path: str | os.PathLike):
         path = Path(path)
         folder = path if path.is_dir() else path.parent

@@ -222,9 +222,9 @@ def check(config: DecoderConfig) -> None:
 def check_same(config: DecoderConfig, described: DecoderConfig, where: str) -> None:
     """Raises ConfigError that names the fields in which `described`, read back from what a format can say, differs.
 
-    The vision tower is left out, it is no part of a text decoder; and so is `period`, which only says what is scanned.
+    `period` is left out: it only says what is scanned.
     """
-    wanted = dataclasses.replace(config, vision=None, period=described.period)
+    wanted = dataclasses.replace(config, period=described.period)
     differences = list(_differences(dataclasses.asdict(wanted), dataclasses.asdict(described), ""))
     if differences:
         raise ConfigError(f"{where} cannot describe config {config.name!r}:\n  " + "\n  ".join(differences[:10]))

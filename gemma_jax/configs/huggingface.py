@@ -11,6 +11,7 @@ from gemma_jax.configs.config import (
     DecoderConfig,
     LayerSpec,
     NormConfig,
+    VisionConfig,
     check_same,
 )
 from gemma_jax.configs.gemma3 import PADDED_VOCAB_SIZE, PERIOD, VOCAB_SIZE
@@ -67,8 +68,9 @@ def from_huggingface(data: Mapping[str, Any], name: str = "huggingface") -> Deco
     Raises ConfigError for another model_type, or settings that this decoder does not have.
     """
     family = data.get("model_type")
+    vision = None
     if family == "gemma3":
-        text = _object(data, "text_config")
+        text, vision = _object(data, "text_config"), _vision(data)
         is_tied = data.get("tie_word_embeddings", True) and text.get("tie_word_embeddings", True)
         data, family = {**data, **text, "tie_word_embeddings": is_tied}, "gemma3_text"
     if not isinstance(family, str) or family not in _DEFAULTS:
@@ -97,7 +99,32 @@ def from_huggingface(data: Mapping[str, Any], name: str = "huggingface") -> Deco
         activation=_activation(values, family),
         has_tied_head=is_tied,
         final_softcap=values.get("final_logit_softcapping"),
+        vision=vision,
     )
+
+
+_VISION = {  # ours: (theirs, the default of transformers' SiglipVisionConfig)
+    "num_layers": ("num_hidden_layers", 12),
+    "width": ("hidden_size", 768),
+    "num_heads": ("num_attention_heads", 12),
+    "ffw_width": ("intermediate_size", 3072),
+    "patch_size": ("patch_size", 16),
+    "image_size": ("image_size", 224),
+}
+
+
+def _vision(data: Mapping[str, Any]) -> VisionConfig | None:
+    values = _object(data, "vision_config")
+    if not values:
+        return None
+    found = {ours: values.get(theirs, default) for ours, (theirs, default) in _VISION.items()}
+    found["num_soft_tokens"] = data.get("mm_tokens_per_image", 256)
+    wrong = [f"{key} is {value!r}" for key, value in found.items() if type(value) is not int or value < 1]
+    if wrong:
+        raise ConfigError(f"of the vision tower {', '.join(wrong)}; wanted positive whole numbers")
+    if found["num_layers"] > MAX_LAYERS:
+        raise ConfigError(f"the vision tower has {found['num_layers']} layers; wanted at most {MAX_LAYERS}")
+    return VisionConfig(**found)
 
 
 def _activation(values: Mapping[str, Any], family: str) -> str:
@@ -222,5 +249,30 @@ def to_huggingface(config: DecoderConfig, dtype: str) -> dict[str, Any]:
         data["rope_local_base_freq"] = local.rope_theta
         data["rope_scaling"] = None if scale == 1.0 else {"factor": scale, "rope_type": "linear"}
         data["use_bidirectional_attention"] = not attention.is_causal
+    if config.vision is not None:
+        data = _multimodal(data, config.vision, dtype)
     check_same(config, from_huggingface(data, config.name), "config.json")
     return data
+
+
+def _multimodal(text: dict[str, Any], vision: VisionConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of a Gemma 3 with its vision tower, around that of its text part."""
+    tower = {theirs: getattr(vision, ours) for ours, (theirs, _) in _VISION.items()}
+    tower |= {
+        "model_type": "siglip_vision_model",
+        "vision_use_head": False,
+        "layer_norm_eps": 1e-6,
+        "torch_dtype": dtype,
+    }
+    outer = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "torch_dtype", "tie_word_embeddings")
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": {key: value for key, value in text.items() if key != "architectures"},
+        "vision_config": tower,
+        "mm_tokens_per_image": vision.num_soft_tokens,
+        "boi_token_index": 255_999,
+        "eoi_token_index": 256_000,
+        "image_token_index": 262_144,
+        **{key: text[key] for key in outer},
+    }

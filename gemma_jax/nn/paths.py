@@ -25,6 +25,20 @@ class Place:
             return buffer.T
         return buffer if self.part is None else buffer[:, self.part]
 
+    def within(self, buffer: np.ndarray, region: tuple[slice, ...]) -> tuple[np.ndarray, tuple[slice, ...]]:
+        """The weight's share of a region of the parameter: its view in an array that holds the region, and which region
+        of the weight that is (empty where they do not meet).
+        """
+        if self.param.get_metadata("dims") == "D V":
+            return buffer.T, region[::-1]
+        if self.part is None:
+            return buffer, region
+        first, columns, last = region[0], region[1], region[2:]
+        start = min(max(columns.start, self.part.start), columns.stop)
+        stop = max(min(columns.stop, self.part.stop), start)
+        view = buffer[:, start - columns.start : stop - columns.start]
+        return view, (first, slice(start - self.part.start, stop - self.part.start), *last)
+
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Param]:
     """The parameters of a module by path, such as "layers_3/attn/q/kernel" (spec: weight_names.md, 0).

@@ -3,10 +3,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from gemma_checkpoints import CheckpointError, names
-from gemma_checkpoints.names import huggingface_name
+from gemma_checkpoints import CheckpointError, families
+from gemma_checkpoints.families import DecoderSizes, SiglipSizes, deepmind_name, huggingface_name
+from gemma_checkpoints.names import Assembly, Entry, Weights
 from gemma_checkpoints.safetensors import SafetensorsReader
 
 D, N, K, H, F, V = 6, 4, 2, 3, 5, 11
@@ -48,13 +51,19 @@ def stored(prefix: str = "model.") -> dict[str, np.ndarray]:
     return {prefix + name: generator.normal(size=shape).astype(np.float32) for name, shape in HUGGINGFACE.values()}
 
 
+def table(format="huggingface", tower=None, style=None, **options):
+    return families.gemma(format, DecoderSizes(V, D, N, K, H, (F,), **options), tower, style)
+
+
 def read(folder: Path, tensors: dict[str, np.ndarray], shapes=SHAPES, **options) -> dict[str, np.ndarray]:
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({}))
     out = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
     with SafetensorsReader(folder) as reader:
-        table = names.decoder("huggingface", 1, **options)
-        assert set(names.stream(reader, table, shapes, out.__getitem__)) == set(shapes)
+        weights = Weights(reader, table(**options))
+        assert set(weights.paths()) == set(shapes)
+        for path in weights.paths():
+            weights.read(path, out[path])
     return out
 
 
@@ -81,13 +90,68 @@ def test_a_part_of_a_larger_array_is_filled_in_place(tmp_path):
     out = {path: np.zeros(shape, np.float32) for path, shape in SHAPES.items()}
     out |= {f"layers_0/attn/{name}/kernel": view for name, view in places.items()}
     with SafetensorsReader(tmp_path) as reader:
-        list(names.stream(reader, names.decoder("huggingface", 1), SHAPES, out.__getitem__))
+        weights = Weights(reader, table())
+        for path, array in out.items():
+            weights.read(path, array)
     stacked = np.concatenate([tensors[f"model.layers.0.self_attn.{n}_proj.weight"] for n in "qkv"])
     np.testing.assert_array_equal(fused.reshape(D, -1), stacked.T)
 
 
+@pytest.mark.parametrize(
+    ("path", "region"),
+    [
+        ("layers_0/attn/q/kernel", (slice(1, 5), slice(2, 4), slice(0, H))),  # heads: rows of the file
+        ("layers_0/attn/q/kernel", (slice(0, D), slice(1, 3), slice(1, 2))),  # parts of heads: not one region there
+        ("layers_0/attn/o/kernel", (slice(3, 4), slice(0, H), slice(2, 5))),
+        ("layers_0/mlp/down/kernel", (slice(2, 4), slice(0, D))),
+        ("embedder/embedding", (slice(7, 11), slice(3, 6))),
+        ("final_norm/scale", (slice(2, 5),)),
+    ],
+)
+def test_a_region_is_what_the_whole_has_there(tmp_path, path, region):
+    whole = read(tmp_path, stored())[path]
+    out = np.full([part.stop - part.start for part in region], np.nan, np.float32)
+    with SafetensorsReader(tmp_path) as reader:
+        Weights(reader, table()).read(path, out, region)
+    np.testing.assert_array_equal(out, whole[region])
+
+
+def test_a_sharded_read_touches_only_its_own_rows(tmp_path, monkeypatch):
+    save_file(stored(), tmp_path / "model.safetensors")
+    with SafetensorsReader(tmp_path) as reader:
+        weights, real, read_bytes = Weights(reader, table()), reader._bytes, []
+        monkeypatch.setattr(reader, "_bytes", lambda info, at, count: read_bytes.append(count) or real(info, at, count))
+        weights.read("layers_0/attn/q/kernel", np.empty((D, 1, H)), (slice(0, D), slice(2, 3), slice(0, H)))
+    assert sum(read_bytes) == H * D * 4
+
+
+@given(st.data())
+def test_any_region_of_any_arrangement_is_read_right(data):
+    """Against numpy's own transpose and reshape."""
+    ours = tuple(data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4)))
+    letters = [f"d{i}" for i in range(len(ours))]
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(ours) - 1)))) if len(ours) > 1 else []
+    groups = data.draw(st.permutations([letters[a:b] for a, b in zip([0, *cuts], [*cuts, len(ours)], strict=True)]))
+    order = [name for group in groups for name in group]
+    axes = f"{' '.join(letters)} -> {' '.join('(' + ' '.join(group) + ')' for group in groups)}"
+    entry = Entry("x", ours, "x", axes)
+    array = np.arange(np.prod(ours)).reshape(ours)
+    file = array.transpose([letters.index(name) for name in order]).reshape(
+        [int(np.prod([ours[letters.index(name)] for name in group])) for group in groups]
+    )
+    assert entry.source_shape == file.shape
+    np.testing.assert_array_equal(entry.source_view(array), file)
+    region = tuple(slice(a, data.draw(st.integers(a + 1, n))) for n in ours for a in [data.draw(st.integers(0, n - 1))])
+    around, start = entry.source_region(region)
+    assert all(a.start <= r.start and r.stop <= a.stop for a, r in zip(around, region, strict=True))
+    got = np.empty([part.stop - part.start for part in around], array.dtype)
+    view = entry.source_view(got)
+    view[...] = file[tuple(slice(first, first + size) for first, size in zip(start, view.shape, strict=True))]
+    np.testing.assert_array_equal(got, array[around])
+
+
 def test_gguf_stores_one_plus_the_scale_under_its_own_names():
-    entries = {entry.path: entry for entry in names.decoder("gguf", 1).entries}
+    entries = {entry.path: entry for entry in table("gguf").entries}
     assert set(entries) == set(SHAPES)
     assert {path for path, entry in entries.items() if entry.offset == -1} == {p for p in SHAPES if "norm" in p}
     assert entries["layers_0/attn/o/kernel"].source == "blk.0.attn_output.weight"
@@ -107,6 +171,68 @@ def test_gguf_stores_one_plus_the_scale_under_its_own_names():
 )
 def test_prefixes_of_all_releases_are_one_name(name, want):
     assert huggingface_name(name) == want
+
+
+@pytest.mark.parametrize(
+    ("style", "embedding", "patch", "projection", "head"),
+    [  # weight_names.md, section 3
+        ("A", "language_model.model.embed_tokens.weight", "vision_tower.vision_model.embeddings.patch_embedding.bias",
+         "multi_modal_projector.mm_input_projection_weight", "language_model.lm_head.weight"),
+        ("B", "model.language_model.embed_tokens.weight",
+         "model.vision_tower.vision_model.embeddings.patch_embedding.bias",
+         "model.multi_modal_projector.mm_input_projection_weight", "lm_head.weight"),
+        ("C", "model.language_model.embed_tokens.weight", "model.vision_tower.embeddings.patch_embedding.bias",
+         "model.multi_modal_projector.mm_input_projection_weight", "lm_head.weight"),
+    ],
+)  # fmt: skip
+def test_each_style_writes_the_prefixes_of_its_releases(style, embedding, patch, projection, head):
+    made = table(tower=SiglipSizes(1, 4, 2, 5, 7, 9), style=style, has_tied_head=False)
+    written = {entry.path: made.written(entry.source) for entry in made.entries}
+    assert written["embedder/embedding"] == embedding
+    assert written["vision/patch/bias"] == patch
+    assert written["mm/proj/kernel"] == projection
+    assert written["head/embedding"] == head
+    assert all(made.normalised(made.written(entry.source)) == entry.source for entry in made.entries)
+
+
+def test_an_unknown_style_is_refused():
+    with pytest.raises(ValueError, match="style of prefixes is 'D'; wanted text, bare, A, B, C"):
+        table(style="D")
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [  # weight_names.md, section 6
+        ("transformer/layer_0/mlp/gating_einsum/w", "layer_0/mlp/gating_einsum"),
+        ("layer_0/mlp/linear", "layer_0/mlp/linear"),
+        ("transformer/layer_0/attn/q_einsum/w", "layer_0/attn/q_einsum/w"),
+        ("rlx_networks/policy_network/transformer/final_norm/scale", "final_norm/scale"),
+        ("params/embedder/input_embedding", "embedder/input_embedding"),
+        ("SigLiPFromPatches_0/siglip_encoder/pos_embedding", "vision_encoder/siglip_encoder/pos_embedding"),
+    ],
+)
+def test_all_layouts_of_deepmind_are_one_name(name, want):
+    assert deepmind_name(name) == want
+
+
+def test_weights_that_share_a_tensor_are_put_together_in_any_order():
+    assembly = Assembly(table("deepmind"))
+    k, v = np.random.default_rng(0).normal(size=(2, D, K, H))
+    assert list(assembly.add("layers_0/attn/v/kernel", v)) == []
+    ((name, whole),) = assembly.add("layers_0/attn/k/kernel", k)
+    assert name == "layer_0/attn/kv_einsum/w"
+    np.testing.assert_array_equal(whole, np.stack([k.transpose(1, 0, 2), v.transpose(1, 0, 2)]))
+
+
+def test_stacked_layers_are_rows_of_their_attention_type():
+    sizes = DecoderSizes(V, D, N, K, H, (F,) * 5)
+    made = families.stacked(families.gemma("deepmind", sizes), 2)
+    entries = {entry.path: entry for entry in made.entries}
+    assert entries["final_norm/scale"].stack == ()
+    v = entries["layers_3/attn/v/kernel"]
+    assert v.source == "stacked_layers/attention_type_1/attn/kv_einsum/w"
+    assert (v.index, v.stack, v.source_shape) == ((1, 1), (2, 2), (2, 2, K, D, H))
+    assert entries["layers_4/mlp/down/kernel"].stack == (3,)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "language_model.model.", "model.language_model."])

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 from typing import Any
 
@@ -11,6 +10,16 @@ from gemma_jax.configs.config import ConfigError
 from gemma_jax.configs.huggingface import from_huggingface
 
 # What the released files say. Those of the 4B, 12B and 27B leave most to the defaults of transformers (gemma3.md, 1.3).
+SIGLIP = {
+    "hidden_size": 1152,
+    "image_size": 896,
+    "intermediate_size": 4304,
+    "model_type": "siglip_vision_model",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
 RELEASED: dict[str, dict[str, Any]] = {
     "gemma-3-270m": {
         "model_type": "gemma3_text",
@@ -62,7 +71,7 @@ RELEASED: dict[str, dict[str, Any]] = {
             "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
             "sliding_window": 1024,
         },
-        "vision_config": {"hidden_size": 1152, "num_hidden_layers": 27, "model_type": "siglip_vision_model"},
+        "vision_config": SIGLIP,
     },
     "gemma-3-12b": {
         "model_type": "gemma3",
@@ -76,6 +85,7 @@ RELEASED: dict[str, dict[str, Any]] = {
             "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
             "sliding_window": 1024,
         },
+        "vision_config": SIGLIP,
     },
     "gemma-3-27b": {
         "model_type": "gemma3",
@@ -91,6 +101,7 @@ RELEASED: dict[str, dict[str, Any]] = {
             "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
             "sliding_window": 1024,
         },
+        "vision_config": SIGLIP,
     },
     "gemma-2-2b": {"model_type": "gemma2"},
     "gemma-2-27b": {
@@ -135,8 +146,7 @@ def kinds(config) -> str:
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_the_released_files_give_the_registered_models(name):
-    want = dataclasses.replace(configs.get(name), vision=None)
-    assert from_huggingface(RELEASED[name], name=name) == want
+    assert from_huggingface(RELEASED[name], name=name) == configs.get(name)
 
 
 def test_the_dialect_of_transformers_5_says_the_same():
@@ -185,10 +195,24 @@ def test_older_files_name_the_kind_of_scaling_type():
 
 def test_a_multimodal_file_gives_its_text_part():
     text = {key: value for key, value in SMALL.items() if key != "model_type"}
-    data = {"model_type": "gemma3", "hidden_size": 99, "text_config": text, "vision_config": {"hidden_size": 1152}}
-    got = from_huggingface(data)
-    assert got == from_huggingface(SMALL)
-    assert got.vision is None
+    data = {"model_type": "gemma3", "hidden_size": 99, "text_config": text}
+    assert from_huggingface(data) == from_huggingface(SMALL)
+    seeing = from_huggingface({**data, "vision_config": SIGLIP, "mm_tokens_per_image": 64})
+    assert seeing.replace("vision", None) == from_huggingface(SMALL)
+    assert (seeing.vision.width, seeing.vision.num_soft_tokens) == (1152, 64)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("hidden_size", "wide", "width is 'wide'"),
+        ("num_hidden_layers", 10**6, "1000000 layers"),
+        ("patch_size", 0, "0"),
+    ],
+)
+def test_an_impossible_vision_tower_is_refused_by_field(key, value, problem):
+    with pytest.raises(ConfigError, match=f"vision tower.*{problem}"):
+        from_huggingface({"model_type": "gemma3", "vision_config": {**SIGLIP, key: value}})
 
 
 def test_a_multimodal_file_without_text_config_is_all_defaults():

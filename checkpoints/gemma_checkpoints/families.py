@@ -1,0 +1,340 @@
+"""The name tables: where every format keeps every weight of every family. Pure data (specification of weight names).
+
+Letters: V rows of the vocabulary, D width, N query heads, K key/value heads, H width of a head, F ffw width, L layers;
+in the vision tower C is its width, E its ffw width, P the side of a patch.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from gemma_checkpoints.names import Entry, Table
+from gemma_checkpoints.reader import Reader
+
+FORMATS: tuple[str, ...] = ("orbax", "huggingface", "deepmind", "gguf")
+STYLES = ("text", "bare", "A", "B", "C")  # of prefixes in Hugging Face's files
+
+
+@dataclass(frozen=True)
+class At:
+    """A place in a file: a tensor's name, its dimensions if they are not ours, and (which, of how many) in a stack."""
+
+    name: str
+    axes: str = ""
+    member: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight: our path, our dimensions, and its place in each format; None where a format has no word for it."""
+
+    path: str
+    dims: str
+    huggingface: At | None
+    deepmind: At | None = None
+    gguf: At | None = None
+
+    def entry(
+        self, format: str, sizes: Mapping[str, int], prefixes: tuple[str, str], norm_offset: float = 0.0
+    ) -> Entry | None:
+        """The row in one format. `prefixes` go before our path and before the file's name; `norm_offset` is what files
+        of the format have more than we in the scale of a norm.
+        """
+        place = At(self.path) if format == "orbax" else getattr(self, format)
+        if place is None:
+            return None
+        name = prefixes[0] + self.path if format == "orbax" else prefixes[1] + place.name
+        shape = tuple(sizes[letter] if letter in sizes else int(letter) for letter in self.dims.split())
+        index, stack = ((), ()) if place.member is None else ((place.member[0],), (place.member[1],))
+        axes = f"{_named(self.dims)} -> {place.axes}" if place.axes else ""
+        offset = -norm_offset if self.path.endswith("norm/scale") else 0.0
+        return Entry(prefixes[0] + self.path, shape, name, axes, index, stack, offset, self.dims == "V D")
+
+
+def _named(dims: str) -> str:
+    """Dimensions as names: a letter that comes twice gets a prime, as in "P P' 3 C"."""
+    seen: list[str] = []
+    for name in dims.split():
+        while name in seen:
+            name += "'"
+        seen.append(name)
+    return " ".join(seen)
+
+
+_EMBEDDER = Row(
+    "embedder/embedding", "V D", At("embed_tokens.weight"), At("embedder/input_embedding"), At("token_embd.weight")
+)
+_FINAL_NORM = Row("final_norm/scale", "D", At("norm.weight"), At("final_norm/scale"), At("output_norm.weight"))
+_HEAD = Row("head/embedding", "V D", At("lm_head.weight"), None, At("output.weight"))
+
+
+def _norm(path: str, dims: str, huggingface: str, deepmind: str, gguf: str) -> Row:
+    return Row(f"{path}/scale", dims, At(f"{huggingface}.weight"), At(f"{deepmind}/scale"), At(f"{gguf}.weight"))
+
+
+_LAYER = (
+    _norm("pre_attention_norm", "D", "input_layernorm", "pre_attention_norm", "attn_norm"),
+    Row("attn/q/kernel", "D N H", At("self_attn.q_proj.weight", "(N H) D"), At("attn/q_einsum/w", "N D H"),
+        At("attn_q.weight", "(N H) D")),
+    Row("attn/k/kernel", "D K H", At("self_attn.k_proj.weight", "(K H) D"), At("attn/kv_einsum/w", "K D H", (0, 2)),
+        At("attn_k.weight", "(K H) D")),
+    Row("attn/v/kernel", "D K H", At("self_attn.v_proj.weight", "(K H) D"), At("attn/kv_einsum/w", "K D H", (1, 2)),
+        At("attn_v.weight", "(K H) D")),
+    Row("attn/o/kernel", "N H D", At("self_attn.o_proj.weight", "D (N H)"), At("attn/attn_vec_einsum/w"),
+        At("attn_output.weight", "D (N H)")),
+    Row("mlp/gate/kernel", "D F", At("mlp.gate_proj.weight", "F D"), At("mlp/gating_einsum", "F D", (0, 2)),
+        At("ffn_gate.weight", "F D")),
+    Row("mlp/up/kernel", "D F", At("mlp.up_proj.weight", "F D"), At("mlp/gating_einsum", "F D", (1, 2)),
+        At("ffn_up.weight", "F D")),
+    Row("mlp/down/kernel", "F D", At("mlp.down_proj.weight", "D F"), At("mlp/linear"), At("ffn_down.weight", "D F")),
+)  # fmt: skip
+_QK_NORM = (
+    _norm("attn/q_norm", "H", "self_attn.q_norm", "attn/_query_norm", "attn_q_norm"),
+    _norm("attn/k_norm", "H", "self_attn.k_norm", "attn/_key_norm", "attn_k_norm"),
+)
+_POST_NORMS = (
+    _norm("pre_ffw_norm", "D", "pre_feedforward_layernorm", "pre_ffw_norm", "ffn_norm"),
+    _norm("post_attention_norm", "D", "post_attention_layernorm", "post_attention_norm", "post_attention_norm"),
+    _norm("post_ffw_norm", "D", "post_feedforward_layernorm", "post_ffw_norm", "post_ffw_norm"),
+)
+# Gemma 1 has no norms after its blocks, and in Hugging Face's names the one before the ffw comes "after attention".
+_NO_POST_NORMS = (_norm("pre_ffw_norm", "D", "post_attention_layernorm", "pre_ffw_norm", "ffn_norm"),)
+
+_KEYS = {"q": "query", "k": "key", "v": "value"}
+_TOWER_LAYER = (
+    *(
+        Row(f"ln{n}/{ours}", "C", At(f"layer_norm{n}.{theirs}"), At(f"LayerNorm_{n - 1}/{ours}"))
+        for n in (1, 2)
+        for ours, theirs in (("scale", "weight"), ("bias", "bias"))
+    ),
+    *(
+        row
+        for name, theirs in _KEYS.items()
+        for row in (
+            Row(f"attn/{name}/kernel", "C N H", At(f"self_attn.{name}_proj.weight", "(N H) C"),
+                At(f"MultiHeadDotProductAttention_0/{theirs}/kernel")),
+            Row(f"attn/{name}/bias", "N H", At(f"self_attn.{name}_proj.bias", "(N H)"),
+                At(f"MultiHeadDotProductAttention_0/{theirs}/bias")),
+        )
+    ),
+    Row("attn/o/kernel", "N H C", At("self_attn.out_proj.weight", "C (N H)"),
+        At("MultiHeadDotProductAttention_0/out/kernel")),
+    Row("attn/o/bias", "C", At("self_attn.out_proj.bias"), At("MultiHeadDotProductAttention_0/out/bias")),
+    Row("mlp/fc1/kernel", "C E", At("mlp.fc1.weight", "E C"), At("MlpBlock_0/Dense_0/kernel")),
+    Row("mlp/fc1/bias", "E", At("mlp.fc1.bias"), At("MlpBlock_0/Dense_0/bias")),
+    Row("mlp/fc2/kernel", "E C", At("mlp.fc2.weight", "C E"), At("MlpBlock_0/Dense_1/kernel")),
+    Row("mlp/fc2/bias", "C", At("mlp.fc2.bias"), At("MlpBlock_0/Dense_1/bias")),
+)  # fmt: skip
+_SIGLIP = "vision_encoder/siglip_encoder"
+_TOWER = (
+    Row("vision/patch/kernel", "P P 3 C", At("vision_tower.embeddings.patch_embedding.weight", "C 3 P P'"),
+        At(f"{_SIGLIP}/embedding/kernel")),
+    Row("vision/patch/bias", "C", At("vision_tower.embeddings.patch_embedding.bias"), At(f"{_SIGLIP}/embedding/bias")),
+    Row("vision/pos_embedding", "patches C", At("vision_tower.embeddings.position_embedding.weight"),
+        At(f"{_SIGLIP}/pos_embedding", "1 patches C")),
+    Row("vision/final_ln/scale", "C", At("vision_tower.post_layernorm.weight"),
+        At(f"{_SIGLIP}/Transformer/encoder_norm/scale")),
+    Row("vision/final_ln/bias", "C", At("vision_tower.post_layernorm.bias"),
+        At(f"{_SIGLIP}/Transformer/encoder_norm/bias")),
+    Row("mm/soft_norm/scale", "C", At("multi_modal_projector.mm_soft_emb_norm.weight"),
+        At("embedder/mm_soft_embedding_norm/scale")),
+    Row("mm/proj/kernel", "C D", At("multi_modal_projector.mm_input_projection_weight"),
+        At("embedder/mm_input_projection/w")),
+)  # fmt: skip
+
+_TOWER_NAMES = r"(vision_tower|multi_modal_projector|vision_encoder)[./].*|embedder/mm_.*"
+# Tensors that may be in a file and are not read, and why; names without prefixes.
+_COMPUTED = (
+    (r".*\.position_ids|.*rotary_emb\.inv_freq|.*\.embed_scale", "computed from the config"),
+    (r"rope_freqs\.weight", "computed from the config"),
+)
+_TIED_HEAD = (r"lm_head\.weight", "the head is the embedding table")
+_UNUSED = (r"embedder/mm_(output_embedding|input_embedding_extra).*", "no Gemma 3 uses it")
+
+
+@dataclass(frozen=True)
+class DecoderSizes:
+    """What a table needs to know of a Gemma 1, 2 or 3 decoder."""
+
+    vocab_size: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffw_widths: tuple[int, ...]  # one a layer
+    has_qk_norm: bool = True
+    has_post_norms: bool = True
+    has_tied_head: bool = True
+    dense_widths: tuple[int, ...] = ()  # of the layers behind EmbeddingGemma's pooling
+
+
+@dataclass(frozen=True)
+class SiglipSizes:
+    """What a table needs to know of Gemma 3's vision tower."""
+
+    num_layers: int
+    width: int
+    num_heads: int
+    ffw_width: int
+    patch_size: int
+    num_patches: int
+
+
+class NoPlaceError(ValueError):
+    """A format has no word for a weight."""
+
+
+def gemma(format: str, sizes: DecoderSizes, tower: SiglipSizes | None = None, style: str | None = None) -> Table:
+    """The table of a Gemma 1, 2 or 3, of a Gemma 3 with its vision tower, or of EmbeddingGemma.
+
+    Args:
+        format: one of `FORMATS`.
+        tower: the vision tower; None for a text model, and for the text part alone: a tower in a file is ignored then.
+        style: of prefixes when Hugging Face's names are written, one of `STYLES`. None: as the releases do it.
+
+    Raises: NoPlaceError for a weight that the format does not have; ValueError for another style.
+    """
+    rows = [*_decoder_rows(sizes), *(_tower_rows(tower, sizes) if tower else ())]
+    norm_offset = 1.0 if format == "gguf" else 0.0
+    entries = []
+    for row, letters, prefixes in rows:
+        entry = row.entry(format, letters, prefixes[format], norm_offset)
+        if entry is None:
+            raise NoPlaceError(f"{format} has no place for {prefixes['orbax'][0]}{row.path}")
+        entries.append(entry)
+    ignored = (*_COMPUTED, _UNUSED, *(() if tower else ((_TOWER_NAMES, "the text part is read"),)))
+    if sizes.has_tied_head:
+        ignored = (*ignored, _TIED_HEAD)
+    style = style or ("bare" if sizes.dense_widths else "A" if tower else "text")
+    if style not in STYLES:
+        raise ValueError(f"the style of prefixes is {style!r}; wanted {', '.join(STYLES)}")
+    normalised, written = {
+        "huggingface": (huggingface_name, functools.partial(styled, style)),
+        "deepmind": (deepmind_name, str),
+    }.get(format, (str, str))
+    return Table(format, tuple(entries), ignored, normalised, written)
+
+
+_Placed = tuple[Row, Mapping[str, int], Mapping[str, tuple[str, str]]]
+_NO_PREFIX: Mapping[str, tuple[str, str]] = dict.fromkeys(FORMATS, ("", ""))
+
+
+def _decoder_rows(sizes: DecoderSizes) -> Iterator[_Placed]:
+    """Each row with the sizes of its letters, and what goes before its path and name in each format."""
+    letters = {
+        "V": sizes.vocab_size,
+        "D": sizes.width,
+        "N": sizes.num_heads,
+        "K": sizes.num_kv_heads,
+        "H": sizes.head_dim,
+    }
+    layer = (
+        *_LAYER,
+        *(_QK_NORM if sizes.has_qk_norm else ()),
+        *(_POST_NORMS if sizes.has_post_norms else _NO_POST_NORMS),
+    )
+    yield _EMBEDDER, letters, _NO_PREFIX
+    for i, ffw_width in enumerate(sizes.ffw_widths):
+        prefixes = _prefixes(f"layers_{i}/", huggingface=f"layers.{i}.", deepmind=f"layer_{i}/", gguf=f"blk.{i}.")
+        for row in layer:
+            yield row, {**letters, "F": ffw_width}, prefixes
+    yield _FINAL_NORM, letters, _NO_PREFIX
+    if not sizes.has_tied_head:
+        yield _HEAD, letters, _NO_PREFIX
+    width = sizes.width
+    for i, out in enumerate(sizes.dense_widths):  # modules 2 and 3 of the sentence-transformers folder
+        at = At(f"{i + 2}_Dense/linear.weight", "O I")
+        yield (
+            Row(f"dense_{i}/kernel", "I O", at, None, At(f"dense_{i + 2}.weight", "O I")),
+            {"I": width, "O": out},
+            _NO_PREFIX,
+        )
+        width = out
+
+
+def _tower_rows(tower: SiglipSizes, sizes: DecoderSizes) -> Iterator[_Placed]:
+    letters = {
+        "D": sizes.width,
+        "C": tower.width,
+        "E": tower.ffw_width,
+        "N": tower.num_heads,
+        "H": tower.width // tower.num_heads,
+        "P": tower.patch_size,
+        "patches": tower.num_patches,
+    }
+    for row in _TOWER:
+        yield row, letters, _NO_PREFIX
+    for j in range(tower.num_layers):
+        prefixes = _prefixes(
+            f"vision/layers_{j}/",
+            huggingface=f"vision_tower.encoder.layers.{j}.",
+            deepmind=f"{_SIGLIP}/Transformer/encoderblock_{j}/",
+        )
+        for row in _TOWER_LAYER:
+            yield row, letters, prefixes
+
+
+def _prefixes(ours: str, **theirs: str) -> dict[str, tuple[str, str]]:
+    return {format: (ours, theirs.get(format, "")) for format in FORMATS}
+
+
+def huggingface_name(name: str) -> str:
+    """A tensor's name without the prefixes that differ between releases (specification of weight names, section 3)."""
+    while name.startswith("model."):
+        name = name.removeprefix("model.")
+    name = re.sub(r"^language_model\.(model\.|(?=lm_head))", lambda m: "language_model." if m[1] else "", name)
+    name = re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
+    return name.removeprefix("language_model.")
+
+
+_ROOMS = ("vision_tower.", "multi_modal_projector.", "audio_tower.", "embed_vision.", "embed_audio.")
+
+
+def styled(style: str, name: str) -> str:
+    """The full name of a tensor in one style of prefixes; `huggingface_name` undoes it."""
+    if "/" in name or style == "bare":  # a module of its own in a subfolder
+        return name
+    if style in "AB" and name.startswith("vision_tower.") and not name.startswith("vision_tower.timm_model."):
+        name = name.replace("vision_tower.", "vision_tower.vision_model.")
+    if name.startswith("lm_head."):
+        return f"language_model.{name}" if style == "A" else name
+    if name.startswith(_ROOMS):
+        return name if style == "A" else f"model.{name}"
+    return {"text": "model.", "A": "language_model.model."}.get(style, "model.language_model.") + name
+
+
+_ROOTS = ("params/", "rlx_networks/policy_network/", "transformer/")
+
+
+def deepmind_name(name: str) -> str:
+    """The nested name of a tensor of any of DeepMind's layouts (specification of weight names, section 6)."""
+    for root in _ROOTS:
+        name = name.removeprefix(root)
+    name = re.sub(r"^SigLiPFromPatches_0/", "vision_encoder/", name)
+    return re.sub(r"(/mlp/(?:linear|gating_einsum))/w$", r"\1", name)
+
+
+_STACKED = re.compile(r"stacked_layers/attention_type_(\d+)/")
+
+
+def period_of_stack(reader: Reader) -> int | None:
+    """The number of attention types of a checkpoint that stacks layers by them; None if it does not."""
+    found = [_STACKED.match(deepmind_name(name)) for name in reader.tensors]
+    return max((int(match[1]) + 1 for match in found if match), default=None)
+
+
+def stacked(table: Table, period: int) -> Table:
+    """The table of DeepMind's stacked layout: layer r * period + j is row r of the tensors of attention type j."""
+    layers = [re.match(r"layer_(\d+)/", entry.source) for entry in table.entries]
+    num_layers = 1 + max(int(match[1]) for match in layers if match)
+    entries = []
+    for entry, match in zip(table.entries, layers, strict=True):
+        if match:
+            row, kind = divmod(int(match[1]), period)
+            source = f"stacked_layers/attention_type_{kind}/{entry.source[match.end() :]}"
+            count = len(range(kind, num_layers, period))
+            entry = dataclasses.replace(entry, source=source, index=(row, *entry.index), stack=(count, *entry.stack))
+        entries.append(entry)
+    return dataclasses.replace(table, entries=tuple(entries))
