@@ -58,8 +58,8 @@ def convert(
 
     Args:
         source: as for `load`.
-        destination: a new folder for "huggingface", a new .gguf file for "gguf".
-        to: "huggingface" or "gguf".
+        destination: a new folder; for "gguf" a new file.
+        to: "orbax" (ours), "huggingface", "deepmind" (which the library gemma loads) or "gguf".
         dtype: "float32" or "bfloat16". None: bfloat16 if that is how the source stores its matrices, else float32.
         quantize: "q8_0" or "q4_0" for GGUF; see `export.Precision`.
         text_only: leave out the vision tower of a multimodal model.

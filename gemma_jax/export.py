@@ -12,6 +12,7 @@ from gemma_checkpoints.names import Entry, Table
 from gemma_jax.configs.config import ConfigError, DecoderConfig
 from gemma_jax.configs.gguf import to_gguf
 from gemma_jax.configs.huggingface import to_huggingface
+from gemma_jax.configs.serialise import to_data
 from gemma_jax.text.tokenizer import Tokenizer
 from gemma_jax.text.vocabulary import gguf_metadata, serialise
 
@@ -87,23 +88,26 @@ def writer(
 ) -> Writer:
     """A writer, in the format of the table, that waits for its tensors; see `table` and `names.Assembly`.
 
-    `files` are a Hugging Face folder's tokenizer files; without any, tokenizer.model is made from `tokenizer`.
+    `files` are a folder's tokenizer files; without any, tokenizer.model is made from `tokenizer`.
     Raises ConfigError for a model or vocabulary that the format cannot hold, ValueError for another precision.
     """
-    to = table.format
-    if to != "gguf" and precision.quantize is not None:
+    if table.format != "gguf" and precision.quantize is not None:
         raise ValueError(f"quantize is {precision.quantize!r}, but only GGUF holds quantised weights; leave it out")
     if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
         raise ConfigError(f"vocab_size is {config.vocab_size}, but the tokenizer has {tokenizer.vocab_size} pieces")
     layouts = {
-        table.written(entry.source): Layout(entry.source_shape, _encoding(to, entry, precision))
+        table.written(entry.source): Layout(entry.source_shape, _encoding(table.format, entry, precision))
         for entry in table.entries
     }
-    if to == "gguf":
+    if table.format == "gguf":
         return GGUFWriter(destination, layouts, _gguf_metadata(config, precision, tokenizer))
     if not files and tokenizer is not None:
         files = {"tokenizer.model": serialise(tokenizer.vocabulary)}
-    return SafetensorsWriter(destination, layouts, to_huggingface(config, precision.dtype), files)
+    if table.format == "huggingface":
+        return SafetensorsWriter(destination, layouts, to_huggingface(config, precision.dtype), files)
+    from gemma_checkpoints.orbax_writer import OrbaxWriter  # Orbax takes time to import; loading needs none of it
+
+    return OrbaxWriter(destination, layouts, to_data(config), files, is_nested=table.format == "deepmind")
 
 
 def _encoding(to: str, entry: Entry, precision: Precision) -> Encoding:

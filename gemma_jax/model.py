@@ -109,20 +109,33 @@ class Gemma:
         return scoring.score(self.model, self._ids(prompt))
 
     def save(
-        self, destination: str | os.PathLike, *, format: str, dtype: str | None = None, quantize: str | None = None
+        self,
+        destination: str | os.PathLike,
+        *,
+        format: str = "orbax",
+        dtype: str | None = None,
+        quantize: str | None = None,
     ) -> None:
-        """Writes weights, config and tokenizer as a new Hugging Face folder ("huggingface") or .gguf file ("gguf").
+        """Writes weights, config and tokenizer as a new checkpoint, which is absent or whole, whatever happens.
 
-        `dtype` is "float32" or "bfloat16" (None: the model's own), `quantize` as for `gemma_jax.convert`. The
-        destination is absent or whole, whatever happens. Raises FileExistsError if it is there; ConfigError for a
-        model that the format cannot describe; ValueError.
+        Args:
+            destination: a new folder; for "gguf" a new file.
+            format: "orbax" (ours: it holds every config, and arrays that are sharded over several processes, each of
+                which then has to call this), "huggingface", "deepmind" (the library gemma loads it) or "gguf".
+            dtype: "float32" or "bfloat16". None: the model's own.
+            quantize: "q8_0" or "q4_0" for "gguf"; see `export.Precision`.
+
+        Raises: FileExistsError if the destination is there; ConfigError for a model that the format cannot describe;
+            ValueError for other names.
         """
         precision = Precision(dtype or self.model.final_norm.scale.dtype.name, quantize)
         config = self.config.replace("vision", None)  # a decoder has no tower
         assembly = Assembly(export.table(format, config))
         with export.writer(destination, config, assembly.table, precision, self.tokenizer) as writer:
             for path, place in weights(self.model).items():
-                for name, values in assembly.add(path, place.view(np.asarray(place.param.get_raw_value()))):
+                value = place.param.get_raw_value()
+                whole = np.asarray(value) if value.is_fully_addressable else value
+                for name, values in assembly.add(path, place.view(whole)):
                     writer.put(name, values)
 
     @property

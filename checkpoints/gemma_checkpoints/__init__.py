@@ -17,13 +17,17 @@ __all__ = [
 
 
 def open(path: str | os.PathLike) -> Reader:
-    """The reader for a folder with *.safetensors, a .safetensors file or a .gguf file.
+    """The reader for an Orbax checkpoint, a folder with *.safetensors, a .safetensors file or a .gguf file.
 
     Raises: FileNotFoundError; CheckpointError for anything else or a damaged file.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
+    if path.is_dir() and any(next(path.glob(name), None) for name in ("_METADATA", "*/_METADATA")):
+        from gemma_checkpoints.orbax import OrbaxReader  # TensorStore takes time to import; most files need none
+
+        return OrbaxReader(path)
     if path.is_dir() or path.suffix == ".safetensors":
         return SafetensorsReader(path)
     return GGUFReader(path)

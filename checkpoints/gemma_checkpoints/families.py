@@ -151,7 +151,10 @@ _COMPUTED = (
     (r"rope_freqs\.weight", "computed from the config"),
 )
 _TIED_HEAD = (r"lm_head\.weight", "the head is the embedding table")
-_UNUSED = (r"embedder/mm_(output_embedding|input_embedding_extra).*", "no Gemma 3 uses it")
+_UNUSED = (
+    (r"embedder/mm_(output_embedding|input_embedding_extra).*", "no Gemma 3 uses it"),
+    (r"(opt_state|collections)/.*|step", "the state of a training run"),
+)
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def gemma(format: str, sizes: DecoderSizes, tower: SiglipSizes | None = None, st
         if entry is None:
             raise NoPlaceError(f"{format} has no place for {prefixes['orbax'][0]}{row.path}")
         entries.append(entry)
-    ignored = (*_COMPUTED, _UNUSED, *(() if tower else ((_TOWER_NAMES, "the text part is read"),)))
+    ignored = (*_COMPUTED, *_UNUSED, *(() if tower else ((_TOWER_NAMES, "the text part is read"),)))
     if sizes.has_tied_head:
         ignored = (*ignored, _TIED_HEAD)
     style = style or ("bare" if sizes.dense_widths else "A" if tower else "text")

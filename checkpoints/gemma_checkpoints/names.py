@@ -38,6 +38,8 @@ class Entry:
 
     def source_view(self, ours: np.ndarray) -> np.ndarray:
         """An array of ours (or a region of it) seen as the file stores it; writing to the view writes to the array."""
+        if not self.axes:
+            return ours
         order = [axis for group in self._groups for axis in group]
         moved = ours.transpose(order)
         merged = [math.prod(ours.shape[axis] for axis in group) for group in self._groups]

@@ -110,8 +110,8 @@ class Reader:
                 matrix[row:stop] = values.reshape(-1, columns)[:, wanted]
 
     def digest(self, name: str) -> str:
-        """BLAKE2b of a tensor's bytes as stored, in hexadecimal; see `Writer.digests`."""
-        info, digest = self.tensors[name], hashlib.blake2b()
+        """SHA-256 of a tensor's bytes as stored, in hexadecimal; see `Writer.digests`."""
+        info, digest = self.tensors[name], hashlib.sha256()
         for start in range(0, info.nbytes, PIECE_BYTES):
             digest.update(self._bytes(info, info.offset + start, min(PIECE_BYTES, info.nbytes - start)))
         return digest.hexdigest()

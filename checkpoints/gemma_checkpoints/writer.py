@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -55,7 +55,7 @@ class Writer:
             raise FileNotFoundError(f"{self.destination.parent} is no folder; make it first")
         for name, layout in self.tensors.items():
             check(name, layout)
-        self.digests: dict[str, str] = {}  # BLAKE2b of each tensor's bytes as written, in hexadecimal
+        self.digests: dict[str, str] = {}  # SHA-256 of each tensor's bytes as written, in hexadecimal
         self._missing = set(self.tensors)
         self._open: dict[Path, BinaryIO] = {}
 
@@ -64,8 +64,7 @@ class Writer:
         raise NotImplementedError
 
     def __enter__(self) -> "Writer":
-        parent = self.destination.parent
-        self._folder = Path(tempfile.mkdtemp(dir=parent, prefix=f".{self.destination.name}.", suffix=".partial"))
+        self._folder = self._make_folder()
         try:
             self._slots, self._whole = self.layout(self._folder)
         except BaseException:
@@ -81,27 +80,26 @@ class Writer:
             self._remove()
 
     def put(self, name: str, values: np.ndarray) -> None:
-        """Encodes one tensor into its place, about a MiB at a time; `values` may have any strides and real dtype."""
+        """Encodes one tensor into its place; `values` may have any strides and real dtype."""
         if name not in self._missing:
             problem = "was written before" if name in self.tensors else "was not announced"
             raise CheckpointError(f"tensor {name!r} {problem}; {self.destination} is not written")
-        slot = self._slots[name]
-        shape, encoding = slot.layout.shape, slot.layout.encoding
+        shape = self.tensors[name].shape
         if values.shape != shape:
             raise CheckpointError(f"tensor {name!r} has shape {list(values.shape)}, announced was {list(shape)}")
-        file = self._file(slot.file)
+        self.digests[name] = self._write(name, values)
+        self._missing.remove(name)
+
+    def _write(self, name: str, values: np.ndarray) -> str:
+        """Writes about a MiB at a time; returns the digest."""
+        slot = self._slots[name]
+        file, encoding = self._file(slot.file), slot.layout.encoding
         file.seek(slot.offset)
-        rows = values.reshape(1, -1) if values.ndim < 2 else values
-        digest = hashlib.blake2b()
-        step = max(1, PIECE_BYTES // max(1, 4 * int(np.prod(rows.shape[1:]))))
-        for start in range(0, len(rows), step):
-            piece = np.ascontiguousarray(rows[start : start + step], np.float32)
-            assert encoding.encode is not None
-            data = encoding.encode(piece.reshape(-1, encoding.block)).tobytes()
+        digest = hashlib.sha256()
+        for data in encoded(values, encoding):
             digest.update(data)
             file.write(data)
-        self.digests[name] = digest.hexdigest()
-        self._missing.remove(name)
+        return digest.hexdigest()
 
     def _file(self, path: Path) -> BinaryIO:
         if path not in self._open:
@@ -118,6 +116,14 @@ class Writer:
             with self._open.popitem()[1] as file:
                 file.flush()
                 os.fsync(file.fileno())
+        self._finish()
+        self._rename()
+
+    def _make_folder(self) -> Path:
+        parent = self.destination.parent
+        return Path(tempfile.mkdtemp(dir=parent, prefix=f".{self.destination.name}.", suffix=".partial"))
+
+    def _rename(self) -> None:
         if os.path.lexists(self.destination):
             raise FileExistsError(f"{self.destination} appeared while it was written; nothing was changed")
         if self._whole.is_dir():
@@ -125,10 +131,23 @@ class Writer:
         self._whole.rename(self.destination)
         _sync(self.destination.parent)
 
+    def _finish(self) -> None:
+        """What a format does once all tensors are there, before the checkpoint gets its name."""
+
     def _remove(self) -> None:
         while self._open:
             self._open.popitem()[1].close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def encoded(values: np.ndarray, encoding: Encoding) -> Iterator[bytes]:
+    """The bytes of a tensor, about a MiB of values at a time."""
+    rows = values.reshape(1, -1) if values.ndim < 2 else values
+    step = max(1, PIECE_BYTES // max(1, 4 * int(np.prod(rows.shape[1:]))))
+    assert encoding.encode is not None
+    for start in range(0, len(rows), step):
+        piece = np.ascontiguousarray(rows[start : start + step], np.float32)
+        yield encoding.encode(piece.reshape(-1, encoding.block)).tobytes()
 
 
 def check(name: str, layout: Layout) -> None:

@@ -7,17 +7,22 @@ from typing import Any
 
 from gemma_jax.cli import arguments
 
+# those of `gemma_checkpoints.families`, which would take time to import
+FORMATS = ("orbax", "huggingface", "deepmind", "gguf")
+STYLES = ("text", "bare", "A", "B", "C")
+
 
 def add_parser(verbs: Any) -> None:
     """The verb's options."""
     summary = "Write a checkpoint in another format, tensor by tensor; the destination is absent or whole."
     parser = arguments.verb(verbs, "convert", run, summary, has_overrides=False)
-    parser.add_argument("source", help="a .gguf file, a folder with *.safetensors, or the name of installed weights")
-    parser.add_argument("destination", help="a new folder (huggingface) or a new .gguf file (gguf)")
-    parser.add_argument("--to", required=True, choices=("huggingface", "gguf"))
+    parser.add_argument("source", help="a checkpoint in any format, or the name of installed weights")
+    parser.add_argument("destination", help="a new folder; for gguf a new file")
+    parser.add_argument("--to", required=True, choices=FORMATS)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as the source stores its matrices")
     parser.add_argument("--quantize", choices=("q8_0", "q4_0"), help="for gguf")
     parser.add_argument("--text-only", action="store_true", help="leave out the vision tower of a multimodal model")
+    parser.add_argument("--style", choices=STYLES, help="of prefixes in huggingface names; default: as released")
     parser.add_argument("--verify", action="store_true", help="read all back and compare; then compare logits")
 
 
@@ -25,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     """Converts and reports."""
     from gemma_jax.conversion import convert
 
-    names = ("to", "dtype", "quantize", "text_only", "verify")
+    names = ("to", "dtype", "quantize", "text_only", "style", "verify")
     report = convert(options.source, options.destination, **{name: getattr(options, name) for name in names})
     if options.json:
         print(json.dumps(dataclasses.asdict(report)))
