@@ -10,10 +10,13 @@ import numpy as np
 from tqdm import tqdm
 
 import gemma_checkpoints
-from gemma_checkpoints import CheckpointError, Reader, Writer
+from gemma_checkpoints import CheckpointError, Reader, Writer, verification
 from gemma_checkpoints.names import Assembly, Weights
+from gemma_checkpoints.verification import Verification
 from gemma_jax import export, loading
+from gemma_jax.configs.config import ConfigError
 from gemma_jax.export import Precision
+from gemma_jax.text.vocabulary import TokenizerError
 
 # Files of a Hugging Face folder that go along to another one.
 TOKENIZER_FILES = (
@@ -88,6 +91,25 @@ def convert(
     num_bytes = sum(layout.nbytes for layout in target.tensors.values())
     report = Report(str(source), str(destination), len(target.tensors), num_bytes, left_out)
     return _verified(report, path, target, is_exact=_is_exact(reader, precision)) if verify else report
+
+
+def verify(source: str | os.PathLike) -> Verification:
+    """Looks at every byte of a checkpoint, and whether its tensors are those of its config; see
+    `gemma_checkpoints.verification`. Damage is not raised but reported.
+
+    Raises: FileNotFoundError.
+    """
+    path = loading.find(source)
+    found = verification.verify(path)
+    if found.problems:
+        return found
+    try:
+        with gemma_checkpoints.open(path) as reader:
+            Weights(reader, loading.table_of(reader, loading.read_config(reader, path)))
+            loading.read_tokenizer(reader, path)
+    except (CheckpointError, ConfigError, TokenizerError) as error:
+        return dataclasses.replace(found, problems=(str(error),))
+    return found
 
 
 def stored_dtype(reader: Reader) -> str:

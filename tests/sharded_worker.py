@@ -1,7 +1,8 @@
 """One process of a run on virtual CPU devices; what tests/test_sharding.py starts.
 
 Arguments: a JSON object with `index`, `count` and `port` of the processes, `source`, `mesh` ({axis: size}), and
-`save` (a folder) or `values` (an .npz file for the weights, gathered). Prints the bytes it read of the source.
+`save` (a folder) or `values` (an .npz file for the weights, gathered). Writes the bytes
+that it read of the source to standard output.
 """
 
 import json
@@ -53,7 +54,7 @@ def main() -> None:
         return jax.sharding.NamedSharding(mesh, jax.P(*axes))
 
     gemma = gj.load(task["source"], dtype="float32", sharding=sharding, progress=False)
-    print(sum(read))
+    sys.stdout.write(f"{sum(read)}\n")
     for place in weights(gemma.model).values():
         value = place.param.get_raw_value()
         assert value.sharding.mesh.shape == sizes

@@ -1,6 +1,7 @@
 """Conversions of a tiny Gemma 3: round trips are bit-exact, and nothing is lost silently."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -8,13 +9,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from orbax.checkpoint.experimental import v1 as ocp
 from safetensors.numpy import load_file, save_file
 
 import gemma_checkpoints
 import gemma_jax as gj
+from benchmarks.prepare_deepmind import nested
 from gemma_checkpoints import CheckpointError
+from gemma_checkpoints.verification import verify
+from gemma_jax import conversion
+from gemma_jax.configs import registry
 from gemma_jax.configs.config import ConfigError
 from gemma_jax.configs.gemma3 import GEMMA3_270M, five_to_one
+from gemma_jax.configs.serialise import to_data
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.layers import CPU_LAYOUT
 from gemma_jax.text.tokenizer import Tokenizer
@@ -88,18 +95,151 @@ def test_fused_and_separate_weights_are_saved_alike(gemma, tmp_path):
         assert {name: a.digest(name) for name in a.tensors} == {name: b.digest(name) for name in b.tensors}
 
 
-def test_hugging_face_to_gguf_and_back_gives_every_tensor_bit_for_bit(folder, tmp_path):
-    there = gj.convert(folder, tmp_path / "m.gguf", to="gguf", dtype="float32", verify=True)
-    back = gj.convert(tmp_path / "m.gguf", tmp_path / "back", to="huggingface", dtype="bfloat16", verify=True)
-    first, second = tensors(folder), tensors(tmp_path / "back")
-    assert there.num_tensors == back.num_tensors == len(first) == 6 * 13 + 2
+EVERY_FORMAT = ("orbax", "huggingface", "deepmind", "gguf")
+
+
+def assert_same_tensors(found: Path, wanted: Path, renamed=str):
+    first, second = tensors(found), {renamed(name): array for name, array in tensors(wanted).items()}
     assert first.keys() == second.keys()
-    for name in first:
-        np.testing.assert_array_equal(first[name].view(np.uint16), second[name].view(np.uint16), err_msg=name)
-    assert there.logit_difference < 1e-5
-    assert back.logit_difference < 1e-5
-    assert there.is_verified
-    assert gj.load(tmp_path / "back").config == gj.load(folder).config.replace("name", "back")
+    for name, array in second.items():
+        assert first[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(first[name].view(np.uint8), array.view(np.uint8), err_msg=name)
+
+
+@pytest.mark.parametrize("between", EVERY_FORMAT)
+def test_text_models_come_back_bit_for_bit_through_every_format(folder, tmp_path, between):
+    """The config, too: DeepMind's format has none of its own, so ours lies beside the weights."""
+    dtype = "float32" if between == "gguf" else "bfloat16"  # norms are 1 + scale there
+    gj.convert(folder, tmp_path / "between", to=between, dtype=dtype, verify=True)
+    report = gj.convert(tmp_path / "between", tmp_path / "back", to="huggingface", dtype="bfloat16", verify=True)
+    assert_same_tensors(tmp_path / "back", folder)
+    assert report.left_out == ()
+    assert report.logit_difference < 1e-5
+    assert gj.load(tmp_path / "between").config == gj.load(folder).config.replace("name", "between")
+    assert verify(tmp_path / "between").problems == ()
+    assert verify(tmp_path / "between").is_sealed
+    assert gj.load(tmp_path / "back").tokenizer.encode("hello world") == gj.load(folder).tokenizer.encode("hello world")
+
+
+@pytest.mark.parametrize("first", EVERY_FORMAT)
+@pytest.mark.parametrize("second", EVERY_FORMAT)
+def test_any_two_formats_hold_the_same_weights(folder, tmp_path, first, second):
+    gj.convert(folder, tmp_path / "first", to=first, dtype="float32")
+    gj.convert(tmp_path / "first", tmp_path / "second", to=second, dtype="float32")
+    gj.convert(tmp_path / "second", tmp_path / "back", to="huggingface", dtype="bfloat16")
+    assert_same_tensors(tmp_path / "back", folder)
+
+
+@pytest.mark.parametrize("between", ["orbax", "huggingface", "deepmind"])
+@pytest.mark.parametrize("style", ["A", "B", "C"])
+def test_multimodal_models_come_back_bit_for_bit_in_every_style(seeing, tmp_path, between, style):
+    gj.convert(seeing, tmp_path / "between", to=between)
+    report = gj.convert(tmp_path / "between", tmp_path / "back", to="huggingface", style=style)
+    assert report.num_tensors == len(tensors(seeing))
+    assert report.left_out == ()
+    places = {
+        "A": ("language_model.model.", "vision_tower.vision_model.", "multi_modal_projector."),
+        "B": ("model.language_model.", "model.vision_tower.vision_model.", "model.multi_modal_projector."),
+        "C": ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector."),
+    }
+
+    def renamed(name: str) -> str:
+        for old, new in zip(places["C"], places[style], strict=True):
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        raise AssertionError(name)
+
+    assert_same_tensors(tmp_path / "back", seeing, renamed)
+    assert conversion.verify(tmp_path / "between").problems == ()
+
+
+@pytest.mark.parametrize("layout", ["nested", "flat", "stacked", "training"])
+@pytest.mark.parametrize("has_config", [True, False])
+def test_every_layout_of_deepmind_is_read(gemma, folder, tmp_path, monkeypatch, layout, has_config):
+    """The trees are made from Hugging Face's matrices by code that is not the converter's."""
+    source = {name: array.astype(np.float32) for name, array in tensors(folder).items()}
+    attention = gemma.config.attention
+    tree = nested(source, attention.num_heads, attention.num_kv_heads, gemma.config.num_layers)
+    if layout in ("flat", "stacked"):
+        tree = flat(tree)
+    if layout == "stacked":
+        tree = stacked(tree, period=6)
+    if layout == "training":
+        tree = {"params": tree, "step": np.array(3), "opt_state": {"m": np.zeros(2, np.float32)}, "collections": {}}
+    ocp.save(str(tmp_path / "theirs"), tree)
+    if has_config:
+        (tmp_path / "theirs" / "gemma_jax.json").write_text(json.dumps(to_data(gemma.config)))
+    else:  # it is known by its shapes
+        monkeypatch.setitem(registry._MODELS, "tiny", gemma.config)
+    loaded = gj.load(tmp_path / "theirs")
+    assert loaded.config.replace("name", "tiny") == gemma.config
+    wanted = gj.load(folder).logits(TOKENS)
+    np.testing.assert_array_equal(np.asarray(loaded.logits(TOKENS)), np.asarray(wanted))
+
+
+def flat(tree: dict) -> dict:
+    """weight_names.md, section 6: slash paths, each with a small dict; ffw leaves get a "w"."""
+    out: dict = {}
+
+    def walk(node: dict, path: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                walk(value, f"{path}/{key}")
+            elif path.endswith("/mlp"):
+                out[f"{path}/{key}"] = {"w": value}
+            else:
+                out.setdefault(path, {})[key] = value
+
+    walk(tree, "transformer")
+    return out
+
+
+def stacked(tree: dict, period: int) -> dict:
+    out: dict = {}
+    layers: dict = {}
+    for path, leaves in tree.items():
+        parts = path.split("/")
+        if not parts[1].startswith("layer_"):
+            out[path] = leaves
+            continue
+        row, kind = divmod(int(parts[1].removeprefix("layer_")), period)
+        key = "/".join(["transformer", "stacked_layers", f"attention_type_{kind}", *parts[2:]])
+        for leaf, value in leaves.items():
+            layers.setdefault(key, {}).setdefault(leaf, {})[row] = value
+    for key, leaves in layers.items():
+        out[key] = {leaf: np.stack([rows[row] for row in sorted(rows)]) for leaf, rows in leaves.items()}
+    return out
+
+
+def test_a_checkpoint_of_deepminds_that_is_no_published_model_says_what_to_do(folder, tmp_path):
+    gj.convert(folder, tmp_path / "theirs", to="deepmind")
+    (tmp_path / "theirs" / "gemma_jax.json").unlink()
+    (tmp_path / "theirs" / "gemma_jax.manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no config.*no published model.*gemma_jax.json"):
+        gj.load(tmp_path / "theirs")
+
+
+def test_an_ablation_that_no_other_format_describes_survives_in_orbax(gemma, tmp_path):
+    config = gemma.config.replace_all(
+        [("layers.1.is_local", False), ("layers.2.ffw_width", 96), ("attention.has_qk_norm", False), ("period", 6)]
+    )
+    odd = gj.Gemma(config, Decoder(config, rngs=nnx.Rngs(0)), gemma.tokenizer)
+    odd.save(tmp_path / "odd")
+    again = gj.load(tmp_path / "odd")
+    assert again.config == config.replace("name", "odd")
+    np.testing.assert_allclose(again.logits(TOKENS), odd.logits(jnp.asarray(TOKENS)), atol=1e-5)
+    with pytest.raises(ConfigError, match="ffw_width"):
+        gj.convert(tmp_path / "odd", tmp_path / "out.gguf", to="gguf")
+
+
+def test_a_tensor_that_no_table_knows_is_an_error(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "more")
+    (tmp_path / "more" / "gemma_jax.manifest.json").unlink()
+    save_file(tensors(folder) | {"model.layers.0.adapter.weight": np.ones(3)}, tmp_path / "more" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"'model.layers.0.adapter.weight' is unknown"):
+        gj.convert(tmp_path / "more", tmp_path / "out", to="orbax")
+    found = conversion.verify(tmp_path / "more")
+    assert "'model.layers.0.adapter.weight' is unknown" in found.problems[0]
 
 
 def test_the_dtype_is_the_sources_unless_told(folder, tmp_path):

@@ -1,5 +1,6 @@
 """Writes GGUF version 3. Source: docs/gguf.md of github.com/ggml-org/ggml."""
 
+import hashlib
 import os
 import struct
 from collections.abc import Mapping
@@ -19,14 +20,20 @@ _TYPE_OF_DTYPE = {np.dtype(name): number for number, name in NUMBERS.items()}
 _UINT32, _INT32, _FLOAT32, _BOOL, _UINT64, _INT64 = 4, 5, 6, 7, 10, 11
 
 
+DIGESTS = "gemma_jax.sha256"  # metadata key: of each tensor by offset, and last of the header with NO_DIGEST there
+SEAL = "gemma_jax.seal"  # a second key that says that there are digests: a flipped bit can hide one key, not both
+NO_DIGEST = b"0" * 64
+
+
 class GGUFWriter(Writer):
     """A .gguf file that is being written. `metadata`: booleans, whole numbers, floats (stored as float32), texts, lists
-    of texts, and numpy arrays, which keep their dtype.
+    of texts, and numpy arrays, which keep their dtype. Digests of all bytes are added to it.
     """
 
     def __init__(self, destination: str | os.PathLike, tensors: Mapping[str, Layout], metadata: Mapping[str, Any]):
         super().__init__(destination, tensors)
-        self.metadata = metadata
+        own = ("general.alignment", DIGESTS, SEAL)
+        self.metadata = {key: value for key, value in metadata.items() if key not in own}
         for name, layout in self.tensors.items():
             if not 1 <= len(layout.shape) <= MAX_DIMENSIONS or 0 in layout.shape:
                 raise CheckpointError(
@@ -35,25 +42,46 @@ class GGUFWriter(Writer):
 
     def layout(self, folder: Path) -> tuple[dict[str, Slot], Path]:
         path = folder / self.destination.name
-        metadata = {key: value for key, value in self.metadata.items() if key != "general.alignment"}
+        header = self._header([NO_DIGEST.decode()] * (len(self.tensors) + 1))
+        offsets, offset = self._offsets()
+        with path.open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + offset)
+        return {name: Slot(self.tensors[name], path, len(header) + offsets[name]) for name in self.tensors}, path
+
+    def _finish(self) -> None:
+        """The header once more, now with the digests."""
+        digests = [self.digests[name] for name in self.tensors]
+        own = hashlib.sha256(self._header([*digests, NO_DIGEST.decode()])).hexdigest()
+        with self._whole.open("r+b") as file:
+            file.write(self._header([*digests, own]))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _header(self, digests: list[str]) -> bytes:
+        """All before the first tensor, padding included."""
+        metadata = {**self.metadata, SEAL: 1, DIGESTS: digests}
         head = [MAGIC, struct.pack("<IQQ", VERSION, len(self.tensors), len(metadata))]
         head += [_string(key) + _value(key, value) for key, value in metadata.items()]
+        offsets, _ = self._offsets()
+        for name, layout in self.tensors.items():
+            kind = _TYPE_OF_ENCODING[layout.encoding.name]
+            dims = layout.shape[::-1]
+            head.append(_string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offsets[name]))
+        header = b"".join(head)
+        return header.ljust(aligned(len(header)), b"\0")
+
+    def _offsets(self) -> tuple[dict[str, int], int]:
+        """Where each tensor begins after the header, and where the last one's padding ends."""
         offset, offsets = 0, {}
         for name, layout in self.tensors.items():
             offsets[name] = offset
-            kind = _TYPE_OF_ENCODING[layout.encoding.name]
-            dims = layout.shape[::-1]
-            head.append(_string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset))
-            offset = _aligned(offset + layout.nbytes)
-        header = b"".join(head)
-        start = _aligned(len(header))
-        with path.open("wb") as file:
-            file.write(header)
-            file.truncate(start + offset)
-        return {name: Slot(layout, path, start + offsets[name]) for name, layout in self.tensors.items()}, path
+            offset = aligned(offset + layout.nbytes)
+        return offsets, offset
 
 
-def _aligned(offset: int) -> int:
+def aligned(offset: int) -> int:
+    """The next offset at which a tensor may begin."""
     return -(-offset // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
 
 

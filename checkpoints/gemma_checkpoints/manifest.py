@@ -7,7 +7,7 @@ manifest is written before a folder gets its name; pieces are compared whenever 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def read(folder: Path) -> Manifest | None:
         digest = content.pop("digest")
         files = {str(name): (int(size), str(sha)) for name, (size, sha) in content["files"].items()}
         pieces = {str(name): tuple(map(str, digests)) for name, digests in content["pieces"].items()}
-    except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}); get the checkpoint anew") from None
     if content.get("version") != VERSION:
         raise CheckpointError(f"{path} has version {content.get('version')!r}; this program reads {VERSION}")
@@ -77,6 +77,13 @@ def damages(folder: Path, manifest: Manifest) -> list[str]:
         elif _file_digest(path)[1] != digest:
             problems.append(f"{name} has changed: its SHA-256 is another")
     return problems + [f"{name} is foreign: it was not written with the checkpoint" for name in found]
+
+
+def check(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Raises CheckpointError if one of these files, which must be there, is not what was written."""
+    for name in names:
+        if _file_digest(folder / name) != manifest.files.get(name):
+            raise CheckpointError(f"{folder / name} is damaged or foreign (see {NAME}); get the checkpoint anew")
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:

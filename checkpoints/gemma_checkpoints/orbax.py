@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ ENCODINGS: dict[str, Encoding] = {
     "uint8": encodings.U8,
 }
 READ_AHEAD = 2  # pieces
+COMPRESSIONS = ("zstd", "gzip", "blosc", "bz2", "zlib")
+MAX_COMPRESSION = 1000  # to one: zeros are smaller still, but a checkpoint is not all zeros
 
 
 def tree_folder(path: Path) -> Path | None:
@@ -57,16 +59,23 @@ class OrbaxReader(Reader):
         if tree is None:
             raise CheckpointError(f"{path} has no Orbax checkpoint: no {TREE} in it or in {', '.join(ITEMS)}")
         self.manifest = manifest.read(path)
+        if self.manifest is not None:  # what is read but the payload, whose pieces are compared one by one
+            small = [file.name for file in path.iterdir() if file.is_file() and file.name != manifest.NAME]
+            manifest.check(path, self.manifest, {*small, (tree / TREE).relative_to(path).as_posix()})
         self._stores = _open_all(tree, _tree(tree / TREE))
         tensors = {}
         for number, (name, store) in enumerate(self._stores.items()):
             encoding = ENCODINGS[store.dtype.name]
             size = int(np.prod(store.shape, dtype=object)) * encoding.size
             tensors[name] = TensorInfo(name, tuple(store.shape), encoding, tree, number, size)
-        self._check_pieces()
+        self._check_pieces(path)
         is_theirs = any(name.endswith("embedder/input_embedding") for name in tensors)
         self.format = "deepmind" if is_theirs else "orbax"
         config = path / CONFIG
+        if self.format == "orbax" and self.manifest is None and config.is_file():
+            raise CheckpointError(
+                f"{path} has no {manifest.NAME}, so damage could not be seen; get the checkpoint anew"
+            )
         super().__init__(path, _json(config) if config.is_file() else {}, tensors)
 
     def close(self) -> None:
@@ -124,16 +133,21 @@ class OrbaxReader(Reader):
                 yield number, future.result()
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read: {_short(error)}") from None
+        finally:
+            for _, future in ahead:
+                future.exception()  # waits; see `_open_all`
 
-    def _check_pieces(self) -> None:
+    def _check_pieces(self, path: Path) -> None:
         if self.manifest is None:
             return
         for name, store in self._stores.items():
             count, known = sum(1 for _ in _chunks(store)), len(self.manifest.pieces.get(name, ()))
             if count != known:
-                raise CheckpointError(f"tensor {name!r} is stored in {count} pieces; the manifest knows {known}")
+                raise CheckpointError(
+                    f"{path}: tensor {name!r} is stored in {count} pieces; the manifest knows {known}"
+                )
         if lost := sorted(set(self.manifest.pieces) - set(self._stores)):
-            raise CheckpointError(f"tensor {lost[0]!r} is in the manifest, and not in the checkpoint")
+            raise CheckpointError(f"{path}: tensor {lost[0]!r} is in the manifest, and not in the checkpoint")
 
 
 def _tree(path: Path) -> tuple[list[tuple[str, ...]], dict[str, Any]]:
@@ -151,11 +165,16 @@ def _tree(path: Path) -> tuple[list[tuple[str, ...]], dict[str, Any]]:
             is_array = not entry["value_metadata"].get("skip_deserialize", False)
         except (KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{path}: entry {key!r} of the tree is damaged") from None
-        if not names or any(name in ("", "..", ".") or "\0" in name for name in names):
+        if not names or not all(_is_plain(name) for name in names):
             raise CheckpointError(f"{path}: {key!r} is no path of an array")
         if is_array:
             paths.append(names)
     return paths, options
+
+
+def _is_plain(name: str) -> bool:
+    is_text = not any("\ud800" <= letter <= "\udfff" for letter in name)  # half of a pair has no UTF-8
+    return is_text and "\0" not in name and name not in ("", ".", "..")
 
 
 def _open_all(folder: Path, tree: tuple[list[tuple[str, ...]], dict[str, Any]]) -> dict[str, Any]:
@@ -163,7 +182,7 @@ def _open_all(folder: Path, tree: tuple[list[tuple[str, ...]], dict[str, Any]]) 
     paths, options = tree
     base = f"file://{folder.resolve().as_posix()}/"
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-    futures = {}
+    specs = {}
     for names in paths:
         key = ".".join(names) + "/"
         stored = {"driver": "file", "path": f"{folder.resolve().as_posix()}/{key}"}
@@ -172,19 +191,36 @@ def _open_all(folder: Path, tree: tuple[list[tuple[str, ...]], dict[str, Any]]) 
         elif ".." in Path(key).parts or Path(key).is_absolute():
             raise CheckpointError(f"{folder}: {key!r} lies outside of the checkpoint")
         driver = "zarr3" if options.get("use_zarr3") else "zarr"
-        spec = {"driver": driver, "kvstore": stored, "fill_missing_data_reads": False}
         name = "/".join(names)
-        if name in futures:
+        if name in specs:
             raise CheckpointError(f"{folder}: there are two tensors {name!r}")
-        futures[name] = ts.open(spec, open=True, read=True, context=context)
-    stores = {}
-    for name, future in futures.items():
+        specs[name] = {"driver": driver, "kvstore": stored, "fill_missing_data_reads": False}
+    futures = {name: ts.open(spec, open=True, read=True, context=context) for name, spec in specs.items()}
+    stores, problems = {}, {}
+    for name, future in futures.items():  # all are waited for: one that is dropped while it runs can crash the process
         try:
             stores[name] = future.result()
         except (ValueError, OSError) as error:
-            raise CheckpointError(f"{folder}: tensor {name!r} cannot be opened: {_short(error)}") from None
-        _check(folder, name, stores[name])
+            problems[name] = _short(error)
+    for name, problem in problems.items():
+        raise CheckpointError(f"{folder}: tensor {name!r} cannot be opened: {problem}")
+    for name, store in stores.items():
+        _check(folder, name, store)
+    _check_room(folder, stores)
     return stores
+
+
+def _check_room(folder: Path, stores: Mapping[str, Any]) -> None:
+    """Nothing that is claimed to be larger than its files can hold is ever allocated."""
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    for name, store in stores.items():
+        size = int(np.prod(store.shape, dtype=object)) * store.dtype.numpy_dtype.itemsize
+        is_compressed = any(word in json.dumps(store.spec().to_json()) for word in COMPRESSIONS)
+        if size > there * (MAX_COMPRESSION if is_compressed else 1):
+            raise CheckpointError(
+                f"{folder}: tensor {name!r} of shape {list(store.shape)} claims {size} bytes, but all files together "
+                f"have {there}"
+            )
 
 
 def _check(folder: Path, name: str, store: Any) -> None:

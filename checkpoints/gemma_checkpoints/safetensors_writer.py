@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_checkpoints import manifest
 from gemma_checkpoints.reader import CheckpointError
 from gemma_checkpoints.safetensors import INDEX
 from gemma_checkpoints.writer import Layout, Slot, Writer
@@ -47,6 +48,9 @@ class SafetensorsWriter(Writer):
         for shard, names in shards.items():
             slots |= _begin(folder / shard, {name: self.tensors[name] for name in names})
         return slots, folder
+
+    def _finish(self) -> None:
+        manifest.make(self._whole, {}).write(self._whole)
 
 
 def _shards(tensors: Mapping[str, Layout], limit: int) -> dict[str, list[str]]:

@@ -9,10 +9,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from gemma_jax.cli import chat, convert, generate, inspect, score
+from gemma_jax.cli import chat, convert, generate, inspect, score, verify
 
 INTERRUPTED = 130
-VERBS = (generate, chat, score, inspect, convert)
+VERBS = (generate, chat, score, inspect, convert, verify)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     options = parser().parse_args(arguments)
     try:
-        options.run(options)
+        code = options.run(options) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"gemma-jax: error: {error}", file=sys.stderr)
         return _exit_code(error)
-    return 0
+    return code
 
 
 def entry() -> int:

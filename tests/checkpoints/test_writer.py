@@ -1,6 +1,7 @@
 """What is written is read back bit for bit, by us and by the formats' own libraries; and all or nothing is written."""
 
 import os
+import random
 import signal
 import stat
 import subprocess
@@ -10,10 +11,13 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
+import gemma_checkpoints
 from gemma_checkpoints import CheckpointError, GGUFReader, GGUFWriter, Layout, SafetensorsReader, SafetensorsWriter
 from gemma_checkpoints.encodings import BF16, F16, F32, GGML, Q4_0, Q8_0
+from gemma_checkpoints.gguf_writer import DIGESTS
+from gemma_checkpoints.verification import verify
 
 RANDOM = np.random.default_rng(0)
 ARRAYS = {  # the first is decoded and encoded in several pieces
@@ -90,6 +94,50 @@ def test_the_gguf_library_reads_tensors_and_metadata(tmp_path):
             np.testing.assert_array_equal(ours.read(tensor.name), values)
     for key, value in METADATA.items():
         np.testing.assert_array_equal(theirs.get_field(key).contents(), value)
+    assert len(theirs.get_field(DIGESTS).contents()) == len(ARRAYS) + 1
+
+
+@pytest.mark.parametrize("kind", ["gguf", "huggingface"])
+def test_every_flipped_bit_and_every_cut_is_found(tmp_path, kind):
+    layouts = {"a": Layout((3, 5), F32), "b": Layout((7,), F32), "c": Layout((2, 2), F32)}
+    with writer_of(kind, tmp_path / "out", layouts) as writer:
+        for name, layout in layouts.items():
+            writer.put(name, np.ones(layout.shape))
+    found = verify(tmp_path / "out")
+    assert (found.problems, found.is_sealed, found.num_tensors, found.num_bytes) == ((), True, 3, 4 * 26)
+    chance = random.Random(0)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()] or [tmp_path / "out"]
+    for path in files:
+        data = path.read_bytes()
+        for at in range(len(data)):
+            path.write_bytes(data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :])
+            assert verify(tmp_path / "out").problems, (path, at)
+        for length in range(0, len(data), 7):
+            path.write_bytes(data[:length])
+            assert verify(tmp_path / "out").problems, (path, length)
+        path.write_bytes(data + b"\0")
+        assert verify(tmp_path / "out").problems
+        path.write_bytes(data)
+    assert verify(tmp_path / "out").problems == ()
+
+
+def test_a_folder_without_a_file_or_with_another_is_found(tmp_path):
+    with writer_of("huggingface", tmp_path / "out") as writer:
+        for name, array in ARRAYS.items():
+            writer.put(name, array)
+    (tmp_path / "out" / "pytorch_model.bin").write_bytes(b"x")
+    (tmp_path / "out" / "config.json").unlink()
+    assert verify(tmp_path / "out").problems == (
+        "config.json is missing",
+        "pytorch_model.bin is foreign: it was not written with the checkpoint",
+    )
+
+
+def test_values_that_are_no_numbers_are_found_where_there_are_no_digests(tmp_path):
+    save_file({"a": np.array([1.0, np.nan]), "b": np.ones(2)}, tmp_path / "model.safetensors")
+    found = verify(tmp_path)
+    assert not found.is_sealed
+    assert found.problems == ("tensor 'a' (F64) has values that are infinite or no numbers",)
 
 
 @pytest.mark.parametrize("kind", ["gguf", "huggingface"])
@@ -160,10 +208,15 @@ def test_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path):
 
 _WRITES = """
 import sys, numpy as np
-from gemma_checkpoints import GGUFWriter, Layout, SafetensorsWriter
+from gemma_checkpoints import GGUFWriter, Layout, SafetensorsWriter, orbax_writer
 from gemma_checkpoints.encodings import F32
 layouts = {f"t{i}": Layout((256, 512), F32) for i in range(40)}
-make = {"gguf": lambda p: GGUFWriter(p, layouts, {"a": 1}), "huggingface": lambda p: SafetensorsWriter(p, layouts, {})}
+orbax_writer.BATCH_BYTES = 4 << 20
+make = {
+    "gguf": lambda path: GGUFWriter(path, layouts, {"a": 1}),
+    "huggingface": lambda path: SafetensorsWriter(path, layouts, {}),
+    "orbax": lambda path: orbax_writer.OrbaxWriter(path, layouts, {}),
+}
 print("begin", flush=True)
 with make[sys.argv[1]](sys.argv[2]) as writer:
     for i, name in enumerate(layouts):
@@ -173,7 +226,7 @@ print("end", flush=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gguf", "huggingface"])
+@pytest.mark.parametrize("kind", ["gguf", "huggingface", "orbax"])
 def test_a_writer_killed_at_any_moment_leaves_the_destination_absent_or_whole(tmp_path, kind):
     """20 kills, spread over the time that one whole write takes."""
     seconds, outcomes = None, []
@@ -198,7 +251,8 @@ def test_a_writer_killed_at_any_moment_leaves_the_destination_absent_or_whole(tm
         process.stdout.close()
         outcomes.append(target.exists())
         if target.exists():
-            with reader_of(kind, target) as reader:
+            assert verify(target).problems == ()
+            with gemma_checkpoints.open(target) as reader:
                 assert all((reader.read(f"t{i}") == i).all() for i in range(40))
     assert outcomes[0]
     assert not outcomes[1]
