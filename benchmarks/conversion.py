@@ -30,9 +30,12 @@ ABOUT = "What conversions cost: peak memory and speed on random weights in the s
 MIB = 2**20
 RUNS: dict[str, dict[str, Any]] = {
     "Hugging Face bfloat16 to Hugging Face bfloat16": {"to": "huggingface"},
+    "Hugging Face bfloat16 to Orbax bfloat16": {"to": "orbax"},
+    "Hugging Face bfloat16 to DeepMind bfloat16": {"to": "deepmind"},
     "Hugging Face bfloat16 to GGUF BF16": {"to": "gguf"},
     "Hugging Face bfloat16 to GGUF Q8_0": {"to": "gguf", "quantize": "q8_0"},
     "Hugging Face bfloat16 to GGUF Q4_0": {"to": "gguf", "quantize": "q4_0"},
+    "Orbax bfloat16 to Hugging Face bfloat16": {"to": "huggingface", "source": "orbax"},
 }
 
 
@@ -86,14 +89,18 @@ def main() -> int:
         runs = {}
         for name, options in RUNS.items():
             print(name, file=sys.stderr, flush=True)
-            target = work / "target"
-            one = json.dumps({"source": str(work / "source"), "destination": str(target), "options": options})
+            target, source = work / "target", work / options.get("source", "source")
+            given = {name: value for name, value in options.items() if name != "source"}
+            one = json.dumps({"source": str(source), "destination": str(target), "options": given})
             done = subprocess.run(
                 [sys.executable, "-m", "benchmarks.conversion", "--one", one], stdout=subprocess.PIPE, check=True
             )
             runs[name] = json.loads(done.stdout)
             runs[name]["mb_per_second"] = size / 1e6 / runs[name]["seconds"]
-            shutil.rmtree(target) if target.is_dir() else target.unlink()
+            if given["to"] == "orbax":
+                target.rename(work / "orbax")  # the source of a later run
+            else:
+                shutil.rmtree(target) if target.is_dir() else target.unlink()
     finally:
         shutil.rmtree(work, ignore_errors=True)
     bound = 3 * largest / MIB + 500
