@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gemma_jax.configs.config import ConfigError, DecoderConfig
-    from gemma_jax.conversion import convert
+    from gemma_jax.conversion import convert, verify
     from gemma_jax.generate.completion import Completion, Piece
     from gemma_jax.generate.sampling import SamplingParams
     from gemma_jax.loading import load
@@ -29,11 +29,12 @@ _PUBLIC = {
     "Tokenizer": "text.tokenizer",
     "convert": "conversion",
     "load": "loading",
+    "verify": "conversion",
 }
 
 __all__ = [
     "ChatError", "Completion", "ConfigError", "Decoder", "DecoderConfig", "Gemma", "Piece", "SamplingParams",
-    "Tokenizer", "convert", "load",
+    "Tokenizer", "convert", "load", "verify",
 ]  # fmt: skip
 
 

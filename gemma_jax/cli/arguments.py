@@ -32,7 +32,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
-        help=f"a .gguf file, a folder with *.safetensors, or {DEFAULT_MODEL} (default; weights of the demo extra)",
+        help=f"a checkpoint (a folder or a .gguf file), or {DEFAULT_MODEL} (default; weights of the demo extra)",
     )
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--no-compilation-cache", action="store_true", help="compile every program anew")

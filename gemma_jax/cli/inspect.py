@@ -12,7 +12,7 @@ from gemma_jax.cli import arguments
 def add_parser(verbs: Any) -> None:
     """The verb's options."""
     parser = arguments.verb(verbs, "inspect", run, "Config, parameters, cache size; of a file also its tensors.")
-    parser.add_argument("source", help="a model's name, a .gguf file or a folder with *.safetensors")
+    parser.add_argument("source", help="a model's name, or a checkpoint (a folder or a .gguf file)")
     parser.add_argument("--context", type=int, metavar="T", help="tokens the cache is for (default: all)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows the cache is for")
     parser.add_argument("--cache-dtype", default="bfloat16", choices=("float32", "bfloat16"))
@@ -41,7 +41,7 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
     from gemma_jax.nn.cache import cache_bytes
 
     if not options.source:
-        raise ValueError("the source is an empty text; give a model's name, a .gguf file or a folder")
+        raise ValueError("the source is an empty text; give a model's name or a checkpoint")
     path, tensors = Path(options.source), None
     if path.exists():
         with gemma_checkpoints.open(path) as reader:

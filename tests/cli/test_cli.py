@@ -135,7 +135,9 @@ def test_debug_shows_the_traceback(run):
     assert "Traceback" in run("generate", "x", "--top-p", "1.5", "--debug")[2]
 
 
-@pytest.mark.parametrize("verb", [[], ["generate"], ["chat"], ["score"], ["inspect"]])
+@pytest.mark.parametrize(
+    "verb", [[], *([verb] for verb in ("generate", "chat", "score", "inspect", "convert", "verify"))]
+)
 def test_help_explains_every_verb(run, verb):
     code, out, _ = run(*verb, "--help", model=False)
     assert code == 0
@@ -158,6 +160,31 @@ def test_convert_writes_another_format_and_reports(run, model_folder, tmp_path):
     code, out, err = run("convert", str(model_folder), target, "--to", "huggingface", model=False)
     assert (code, out) == (1, "")
     assert err.startswith(f"gemma-jax: error: {target} is there already")
+
+
+@pytest.mark.parametrize("format", ["orbax", "huggingface", "deepmind"])
+def test_inspect_and_verify_know_every_format(run, model_folder, tmp_path, format):
+    target = tmp_path / "copy"
+    assert run("convert", str(model_folder), str(target), "--to", format, model=False)[0] == 0
+    code, out, _ = run("inspect", str(target), "--json", model=False)
+    report = json.loads(out)
+    assert (code, report["config"]["width"], len(report["tensors"])) == (0, 32, 35 if format == "deepmind" else 41)
+    code, out, _ = run("verify", str(target), model=False)
+    assert code == 0
+    assert out.startswith("whole: ")
+    (target / "more").write_text("x")
+    code, out, _ = run("verify", str(target), "--json", model=False)
+    assert code == 1
+    assert json.loads(out)["problems"] == ["more is foreign: it was not written with the checkpoint"]
+
+
+def test_verify_says_that_others_files_have_no_digests(run, model_folder, tmp_path):
+    code, out, _ = run("verify", str(model_folder), model=False)
+    assert code == 0
+    assert "holds no digests" in out
+    code, out, _ = run("convert", str(model_folder), str(tmp_path / "x"), "--to", "gguf", model=False)
+    assert code == 2  # two local layers and a global one are no pattern of GGUF's
+    assert run("verify", str(tmp_path / "none"), model=False)[0] == 1
 
 
 def test_a_conversation_that_outgrew_the_context_goes_on_at_a_terminal(run, monkeypatch):
