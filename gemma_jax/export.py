@@ -12,6 +12,7 @@ from gemma_checkpoints.names import Entry, Table
 from gemma_jax.configs.config import ConfigError, DecoderConfig
 from gemma_jax.configs.gguf import to_gguf
 from gemma_jax.configs.huggingface import to_huggingface
+from gemma_jax.configs.sentence_transformers import to_files
 from gemma_jax.configs.serialise import to_data
 from gemma_jax.text.tokenizer import Tokenizer
 from gemma_jax.text.vocabulary import gguf_metadata, serialise
@@ -64,6 +65,7 @@ def table(format: str, config: DecoderConfig, style: str | None = None) -> Table
         has_qk_norm=attention.has_qk_norm,
         has_post_norms=config.norm.has_post_norms,
         has_tied_head=config.has_tied_head,
+        dense_widths=config.dense_widths,
     )
     tower_sizes = None
     if tower is not None:
@@ -104,6 +106,7 @@ def writer(
     if not files and tokenizer is not None:
         files = {"tokenizer.model": serialise(tokenizer.vocabulary)}
     if table.format == "huggingface":
+        files = {**(files or {}), **(to_files(config) if config.dense_widths else {})}
         return SafetensorsWriter(destination, layouts, to_huggingface(config, precision.dtype), files)
     from gemma_checkpoints.orbax_writer import OrbaxWriter  # Orbax takes time to import; loading needs none of it
 

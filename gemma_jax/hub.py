@@ -1,7 +1,7 @@
 """Weights from Hugging Face's hub and from Kaggle: downloaded once, into the libraries' own caches.
 
 The libraries do the work (resuming, caching, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, KAGGLE_API_TOKEN); here stands which
-files are wanted, and what errors mean for someone who wants a model. The `hub` extra brings them; they are imported late.
+files are wanted, and what errors mean to someone who wants a model. They come with the `hub` extra, imported late.
 """
 
 from collections.abc import Mapping

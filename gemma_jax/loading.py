@@ -51,6 +51,7 @@ def load(
 ) -> Gemma:
     """Loads a model from the name of installed weights or a checkpoint: Orbax, Hugging Face, DeepMind's, GGUF.
 
+    Of a model with a vision tower, and of EmbeddingGemma, the decoder is loaded.
     Weights are read tensor by tensor straight into `dtype` and onto `sharding`; at no time is more held in memory than
     the model and one tensor.
 
@@ -76,6 +77,7 @@ def load(
     path = find(source, revision=revision, token=token)
     with gemma_checkpoints.open(path) as reader:
         config = config_overrides.apply(read_config(reader, path), overrides or {})
+        config = config.replace_all([("vision", None), ("dense_widths", ())])  # what stands around a decoder: not yet
         tokenizer = read_tokenizer(reader, path)
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             raise CheckpointError(
@@ -184,7 +186,7 @@ def read_weights(
     layout = CPU_LAYOUT if jax.default_backend() == "cpu" else PLAIN_LAYOUT
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, layout=layout))
     places = weights(model)
-    source = Weights(reader, table_of(reader, config.replace("vision", None)))  # a tower is not read yet
+    source = Weights(reader, table_of(reader, config))
     members: dict[str, list[str]] = {}  # of each parameter: a fused one is made of several weights
     for path in source.paths():
         if path in places:

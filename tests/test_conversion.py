@@ -150,7 +150,109 @@ def test_multimodal_models_come_back_bit_for_bit_in_every_style(seeing, tmp_path
         raise AssertionError(name)
 
     assert_same_tensors(tmp_path / "back", seeing, renamed)
+    text = gj.load(tmp_path / "between")  # the decoder alone
+    assert text.config == gj.load(seeing).config.replace("name", "between")
     assert conversion.verify(tmp_path / "between").problems == ()
+
+
+@pytest.fixture(scope="module")
+def embedding(tmp_path_factory):
+    """A random EmbeddingGemma as sentence-transformers keeps it, under transformers' names without prefix."""
+    path = tmp_path_factory.mktemp("source") / "embedding"
+    path.mkdir()
+    with np.load(FIXTURES / "embeddinggemma.npz") as file:
+        config = json.loads(bytes(file["config_json"]))
+        save_file({name[2:]: file[name] for name in file if name.startswith("w:")}, path / "model.safetensors")
+        dense = [file["x:dense2"], file["x:dense3"]]
+    (path / "config.json").write_text(json.dumps({**config, "model_type": "gemma3_text"}))
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense"), ("3_Dense", "Dense")]
+    kinds = [{"path": room, "type": f"sentence_transformers.models.{kind}"} for room, kind in modules]
+    (path / "modules.json").write_text(json.dumps(kinds))
+    for room in ("1_Pooling", "2_Dense", "3_Dense"):
+        (path / room).mkdir()
+    (path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    for room, weight in zip(("2_Dense", "3_Dense"), dense, strict=True):
+        save_file({"linear.weight": weight}, path / room / "model.safetensors")
+        values = {"in_features": weight.shape[1], "out_features": weight.shape[0], "bias": False}
+        (path / room / "config.json").write_text(json.dumps(values))
+    return path
+
+
+def with_modules(path: Path) -> dict[str, np.ndarray]:
+    files = sorted(path.rglob("*.safetensors"))
+    return {
+        f"{file.parent.name if file.parent != path else ''}/{n}": a
+        for file in files
+        for n, a in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("between", ["orbax", "huggingface", "gguf"])
+def test_embedding_models_come_back_bit_for_bit_with_their_dense_layers(embedding, tmp_path, between):
+    gj.convert(embedding, tmp_path / "between", to=between)
+    report = gj.convert(tmp_path / "between", tmp_path / "back", to="huggingface", verify=True)
+    found, wanted = with_modules(tmp_path / "back"), with_modules(embedding)
+    assert found.keys() == wanted.keys()
+    assert report.num_tensors == len(wanted) == 7 * 13 + 2 + 2
+    for name, array in wanted.items():
+        if between == "gguf" and array.ndim == 1:  # 1 + scale in float32
+            np.testing.assert_allclose(found[name], array, atol=2e-7)
+        else:
+            np.testing.assert_array_equal(found[name], array, err_msg=name)
+    modules = json.loads((tmp_path / "back" / "modules.json").read_text())
+    assert [module["path"] for module in modules][:4] == ["", "1_Pooling", "2_Dense", "3_Dense"]
+    assert json.loads((tmp_path / "back" / "2_Dense" / "config.json").read_text())["out_features"] == 64
+    assert verify(tmp_path / "back").problems == ()
+
+
+def test_the_decoder_of_an_embedding_model_computes_what_transformers_does(embedding):
+    with np.load(FIXTURES / "embeddinggemma.npz") as file:
+        tokens, mask, wanted = file["x:input_ids"], file["x:mask"].astype(bool), file["x:last_hidden"]
+    gemma = gj.load(embedding)
+    assert not gemma.config.attention.is_causal
+    found = np.asarray(gemma.hidden_states(tokens, mask=mask))[-1]
+    np.testing.assert_allclose(found[mask], wanted[mask], atol=2e-5)
+
+
+def test_deepmind_has_no_place_for_dense_layers(embedding, tmp_path):
+    with pytest.raises(ConfigError, match="deepmind has no place for dense_0/kernel"):
+        gj.convert(embedding, tmp_path / "out", to="deepmind")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "error"),
+    [
+        ("modules.json", '[{"path": "../outside", "type": "x"}]', "'../outside', which is not a folder"),
+        ("modules.json", '{"path": 3}', "no list of modules"),
+        ("modules.json", "[", "no list of modules"),
+        ("2_Dense/config.json", '{"out_features": 64, "bias": true}', "has a bias or an activation"),
+        ("2_Dense/config.json", '{"out_features": "64"}', "out_features '64'"),
+        (
+            "2_Dense/config.json",
+            '{"out_features": 63}',
+            r"'2_Dense/linear.weight' has shape \[64, 48\], but the config",
+        ),
+        ("1_Pooling/config.json", '{"pooling_mode_mean_tokens": false}', "does not pool by the mean"),
+    ],
+)
+def test_modules_that_are_not_embeddinggemmas_are_refused(embedding, tmp_path, file, change, error):
+    shutil.copytree(embedding, tmp_path / "hurt")
+    (tmp_path / "hurt" / file).write_text(change)
+    with pytest.raises((CheckpointError, ConfigError), match=error):
+        gj.convert(tmp_path / "hurt", tmp_path / "out", to="orbax")
+
+
+@pytest.mark.parametrize("style", ["A", "B"])
+def test_shieldgemma_wraps_all_names_once_more(seeing, tmp_path, style):
+    gj.convert(seeing, tmp_path / "plain", to="huggingface", style=style)
+    wrapped = tmp_path / "wrapped"
+    wrapped.mkdir()
+    save_file(
+        {f"model.{name}": array for name, array in tensors(tmp_path / "plain").items()}, wrapped / "a.safetensors"
+    )
+    (wrapped / "config.json").write_bytes((tmp_path / "plain" / "config.json").read_bytes())
+    gj.convert(wrapped, tmp_path / "back", to="huggingface", style="C")
+    assert_same_tensors(tmp_path / "back", seeing)
 
 
 @pytest.mark.parametrize("layout", ["nested", "flat", "stacked", "training"])

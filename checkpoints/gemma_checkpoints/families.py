@@ -144,13 +144,14 @@ _TOWER = (
         At("embedder/mm_input_projection/w")),
 )  # fmt: skip
 
-_TOWER_NAMES = r"(vision_tower|multi_modal_projector|vision_encoder)[./].*|embedder/mm_.*"
+_TOWER_NAMES = r"(vision_tower|multi_modal_projector)\..*|(vision|vision_encoder|mm)/.*|embedder/mm_.*"
 # Tensors that may be in a file and are not read, and why; names without prefixes.
 _COMPUTED = (
     (r".*\.position_ids|.*rotary_emb\.inv_freq|.*\.embed_scale", "computed from the config"),
     (r"rope_freqs\.weight", "computed from the config"),
 )
 _TIED_HEAD = (r"lm_head\.weight", "the head is the embedding table")
+_DENSE = (r"\d_Dense/linear\.weight|dense_\d(\.weight|/kernel)", "the decoder is read")
 _UNUSED = (
     (r"embedder/mm_(output_embedding|input_embedding_extra).*", "no Gemma 3 uses it"),
     (r"(opt_state|collections)/.*|step", "the state of a training run"),
@@ -210,6 +211,8 @@ def gemma(format: str, sizes: DecoderSizes, tower: SiglipSizes | None = None, st
     ignored = (*_COMPUTED, *_UNUSED, *(() if tower else ((_TOWER_NAMES, "the text part is read"),)))
     if sizes.has_tied_head:
         ignored = (*ignored, _TIED_HEAD)
+    if not sizes.dense_widths:
+        ignored = (*ignored, _DENSE)
     style = style or ("bare" if sizes.dense_widths else "A" if tower else "text")
     if style not in STYLES:
         raise ValueError(f"the style of prefixes is {style!r}; wanted {', '.join(STYLES)}")

@@ -3,6 +3,7 @@
 Source: github.com/huggingface/safetensors, README, Format.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ from gemma_checkpoints import encodings
 from gemma_checkpoints.encodings import Encoding
 from gemma_checkpoints.reader import CheckpointError, Reader, TensorInfo
 
+MODULES = "modules.json"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 ENCODINGS: dict[str, Encoding] = {
@@ -36,7 +38,37 @@ class SafetensorsReader(Reader):
         folder = path if path.is_dir() else path.parent
         config = folder / "config.json"
         tensors = _folder(path) if path.is_dir() else _header(path)
-        super().__init__(path, _json(config) if config.exists() else {}, tensors)
+        metadata = _json(config) if config.exists() else {}
+        if path.is_dir() and (path / MODULES).exists():
+            metadata["sentence_transformers"] = modules = _modules(path)
+            for module in modules:
+                tensors |= _module_tensors(path / module["path"]) if module["path"] else {}
+        super().__init__(path, metadata, tensors)
+
+
+def _modules(folder: Path) -> list[dict[str, Any]]:
+    """modules.json of sentence-transformers: the parts of an embedding model, each with the config of its folder."""
+    try:
+        listing = json.loads((folder / MODULES).read_bytes())
+        modules: list[dict[str, Any]] = [
+            {"path": str(module["path"]), "type": str(module["type"])} for module in listing
+        ]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MODULES} is no list of modules: {error!r}") from None
+    for module in modules:
+        path = module["path"]
+        if path and (Path(path).name != path or path in (".", "..") or "\0" in path):
+            raise CheckpointError(f"{folder / MODULES} names {path!r}, which is not a folder of its own")
+        config = folder / path / "config.json"
+        module["config"] = _json(config) if path and config.is_file() else {}
+    return modules
+
+
+def _module_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """The tensors of a module's folder, by names such as "2_Dense/linear.weight"."""
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    infos = [info for file in files for info in _header(file).values()]
+    return {(name := f"{folder.name}/{info.name}"): dataclasses.replace(info, name=name) for info in infos}
 
 
 def _folder(folder: Path) -> dict[str, TensorInfo]:

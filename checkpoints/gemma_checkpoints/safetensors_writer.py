@@ -19,7 +19,10 @@ ALIGNMENT = 8  # of the data's first byte
 
 
 class SafetensorsWriter(Writer):
-    """A folder that is being written. `files` are further files by name, such as tokenizer.model."""
+    """A folder that is being written. `files` are further files by name: tokenizer.model, 1_Pooling/config.json.
+
+    A tensor with one "/" in its name goes to a file in that folder: each module of an embedding model has its own.
+    """
 
     def __init__(
         self,
@@ -36,21 +39,33 @@ class SafetensorsWriter(Writer):
                 raise CheckpointError(f"tensor {name!r}: safetensors has no {layout.encoding.name}; use F32 or BF16")
 
     def layout(self, folder: Path) -> tuple[dict[str, Slot], Path]:
-        shards = _shards(self.tensors, self.shard_bytes)
+        own = {name: layout for name, layout in self.tensors.items() if "/" not in name}
+        shards = _shards(own, self.shard_bytes)
         files = {"config.json": _json(self.config), **self.files}
         if len(shards) > 1:
-            files[INDEX] = _json(_index(shards, self.tensors))
+            files[INDEX] = _json(_index(shards, own))
         for name, data in files.items():
-            if Path(name).name != name:
-                raise CheckpointError(f"{name!r} is not the name of a file")
-            (folder / name).write_bytes(data)
+            _place(folder, name).write_bytes(data)
         slots: dict[str, Slot] = {}
         for shard, names in shards.items():
             slots |= _begin(folder / shard, {name: self.tensors[name] for name in names})
+        for name, layout in self.tensors.items():
+            if name not in own:  # a module of an embedding model, in a folder of its own
+                room, _, short = name.partition("/")
+                slots[name] = _begin(_place(folder, f"{room}/model.safetensors"), {short: layout})[short]
         return slots, folder
 
     def _finish(self) -> None:
         manifest.make(self._whole, {}).write(self._whole)
+
+
+def _place(folder: Path, name: str) -> Path:
+    """A file in the folder or in a folder of its own there, which is made."""
+    parts = name.split("/")
+    if len(parts) > 2 or not all(Path(part).name == part and part != ".." for part in parts):
+        raise CheckpointError(f"{name!r} is not the name of a file")
+    (folder / name).parent.mkdir(exist_ok=True)
+    return folder / name
 
 
 def _shards(tensors: Mapping[str, Layout], limit: int) -> dict[str, list[str]]:

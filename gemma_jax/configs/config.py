@@ -115,6 +115,7 @@ class DecoderConfig:
     laurel_rank: int | None = None  # arXiv:2411.07501
     per_layer_embedding: PerLayerEmbeddingConfig | None = None
     vision: VisionConfig | None = None
+    dense_widths: tuple[int, ...] = ()  # of the linear layers after EmbeddingGemma's mean over tokens
 
     def __post_init__(self) -> None:
         check(self)
@@ -318,6 +319,8 @@ def _optional_problems(config: DecoderConfig) -> Iterator[str]:
         yield from [*sizes, *_positive("per_layer_embedding.width", table.width)]
         if not sizes and table.num_rows > config.vocab_size:
             yield f"per_layer_embedding.num_rows is {table.num_rows}, more than vocab_size {config.vocab_size}"
+    for i, width in enumerate(config.dense_widths):
+        yield from _positive(f"dense_widths.{i}", width)
     if (vision := config.vision) is not None:
         sizes = [p for name, value in dataclasses.asdict(vision).items() for p in _positive(f"vision.{name}", value)]
         yield from sizes

@@ -18,7 +18,9 @@ from gemma_jax.configs.config import (
 )
 from gemma_jax.configs.gemma3 import PADDED_VOCAB_SIZE, PERIOD, VOCAB_SIZE
 
-ARCHITECTURES = ("gemma3", "gemma2", "gemma")
+ARCHITECTURES = ("gemma3", "gemma2", "gemma", "gemma-embedding")
+POOLING_MEAN = 1  # llama.h, enum llama_pooling_type
+DENSE = ("dense_2_feat_out", "dense_3_feat_out")  # of EmbeddingGemma
 LOCAL_THETA = 10_000.0  # not in the files
 # The largest models scale queries by width / heads, not by the head's width; files do not say it, llama.cpp knows the
 # models by their number of layers.
@@ -45,6 +47,7 @@ def from_gguf(metadata: Mapping[str, Any], name: str = "gguf") -> DecoderConfig:
             raise ConfigError(f"{family}.{suffix} is {value!r} in the GGUF metadata; wanted {wanted}")
         return value
 
+    base = "gemma3" if family == "gemma-embedding" else family
     real = functools.partial(key, kinds=(int, float))
     width, num_layers, num_heads = key("embedding_length"), key("block_count"), key("attention.head_count")
     if not 1 <= num_layers <= MAX_LAYERS or num_heads < 1:
@@ -52,8 +55,8 @@ def from_gguf(metadata: Mapping[str, Any], name: str = "gguf") -> DecoderConfig:
             f"{family}.block_count is {num_layers} and {family}.attention.head_count {num_heads}; wanted 1 to "
             f"{MAX_LAYERS} layers with at least one head"
         )
-    head_dim, turn = key("attention.key_length"), {"gemma3": PERIOD, "gemma2": 2, "gemma": 1}[family]
-    theta = real("rope.freq_base", 1_000_000.0 if family == "gemma3" else LOCAL_THETA)
+    head_dim, turn = key("attention.key_length"), {"gemma3": PERIOD, "gemma2": 2, "gemma": 1}[base]
+    theta = real("rope.freq_base", 1_000_000.0 if base == "gemma3" else LOCAL_THETA)
     is_by_width = (family, num_layers) in SCALED_BY_WIDTH
     return DecoderConfig(
         name=name,
@@ -70,13 +73,15 @@ def from_gguf(metadata: Mapping[str, Any], name: str = "gguf") -> DecoderConfig:
                 rope_theta=real("rope.freq_base_swa", LOCAL_THETA),
             ),
             global_=AttentionKind(window=None, rope_theta=theta, rope_scale=_rope_scale(metadata, family)),
-            has_qk_norm=family == "gemma3",
+            has_qk_norm=base == "gemma3",
             softcap=real("attn_logit_softcapping", 50.0) if family == "gemma2" else None,
+            is_causal=family != "gemma-embedding",
         ),
         layers=_layers(num_layers, key("feed_forward_length", kinds=(int, list, np.ndarray)), turn),
         period=turn,
         norm=NormConfig(epsilon=_short(real("attention.layer_norm_rms_epsilon")), has_post_norms=family != "gemma"),
         final_softcap=real("final_logit_softcapping", 30.0 if family == "gemma2" else None),
+        dense_widths=tuple(key(name) for name in DENSE if f"{family}.{name}" in metadata),
     )
 
 
@@ -117,6 +122,7 @@ def to_gguf(config: DecoderConfig) -> dict[str, Any]:
     attention = config.attention
     everywhere = attention.global_
     family = ("gemma", "gemma2", "gemma3")[config.generation - 1]
+    family = family if attention.is_causal else "gemma-embedding"
     values: dict[str, Any] = {
         "context_length": config.context,
         "embedding_length": config.width,
@@ -139,6 +145,12 @@ def to_gguf(config: DecoderConfig) -> dict[str, Any]:
     ):
         if value is not None:
             values[key] = float(value)
+    if not attention.is_causal:
+        values |= {"attention.causal": False, "pooling_type": POOLING_MEAN}
+    width = config.width
+    for name, out in zip(DENSE, config.dense_widths, strict=False):
+        values |= {name.replace("out", "in"): width, name: out}
+        width = out
     keys = {"general.architecture": family, "general.name": config.name}
     keys |= {f"{family}.{key}": value for key, value in values.items()}
     check_same(config, from_gguf({**keys, f"{family}.vocab_size": config.vocab_size}, config.name), "a GGUF file")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from gemma_jax.configs import sentence_transformers
 from gemma_jax.configs.config import (
     MAX_LAYERS,
     AttentionConfig,
@@ -100,6 +101,7 @@ def from_huggingface(data: Mapping[str, Any], name: str = "huggingface") -> Deco
         has_tied_head=is_tied,
         final_softcap=values.get("final_logit_softcapping"),
         vision=vision,
+        dense_widths=sentence_transformers.dense_widths(data),
     )
 
 
@@ -213,7 +215,7 @@ def to_huggingface(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     local, everywhere = attention.local, attention.global_
     family = ("gemma", "gemma2", "gemma3_text")[config.generation - 1]
     data: dict[str, Any] = {
-        "architectures": [_NAMES[family]],
+        "architectures": ["Gemma3TextModel" if config.dense_widths else _NAMES[family]],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": 2,
@@ -251,7 +253,10 @@ def to_huggingface(config: DecoderConfig, dtype: str) -> dict[str, Any]:
         data["use_bidirectional_attention"] = not attention.is_causal
     if config.vision is not None:
         data = _multimodal(data, config.vision, dtype)
-    check_same(config, from_huggingface(data, config.name), "config.json")
+    described = from_huggingface(
+        {**data, sentence_transformers.KEY: sentence_transformers.to_modules(config)}, config.name
+    )
+    check_same(config, described, "config.json")
     return data
 
 
