@@ -65,7 +65,7 @@ def convert(
         to: "orbax" (ours), "huggingface", "deepmind" (which the library gemma loads) or "gguf".
         dtype: "float32" or "bfloat16". None: bfloat16 if that is how the source stores its matrices, else float32.
         quantize: "q8_0" or "q4_0" for GGUF; see `export.Precision`.
-        text_only: leave out the vision tower of a multimodal model.
+        text_only: leave out the towers of a multimodal model.
         style: of the prefixes of Hugging Face's names, one of `families.STYLES`. None: as the releases do it.
         verify: read every tensor back and compare its digest with what was written, then load both and compare their
             logits on a fixed prompt (which needs memory for one whole model).
@@ -78,7 +78,7 @@ def convert(
     with gemma_checkpoints.open(path) as reader:
         config = loading.read_config(reader, path)
         weights = Weights(reader, loading.table_of(reader, config))
-        config = config.replace("vision", None) if text_only else config
+        config = config.replace_all([("vision", None), ("audio", None)]) if text_only else config
         assembly = Assembly(export.table(to, config, style))
         precision = Precision(dtype or stored_dtype(reader), quantize)
         tokenizer = loading.read_tokenizer(reader, path)

@@ -1,5 +1,6 @@
 """A decoder's weights on their way into a file: which tensors, in which encoding, with which config and vocabulary."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,13 +8,17 @@ from typing import Any
 
 from gemma_checkpoints import GGUFWriter, Layout, SafetensorsWriter, Writer, encodings, families
 from gemma_checkpoints.encodings import Encoding
-from gemma_checkpoints.families import FORMATS, DecoderSizes, NoPlaceError, SiglipSizes
+from gemma_checkpoints.families import DecoderSizes, NoPlaceError, SiglipSizes
+from gemma_checkpoints.gemma3n import Block, ConformerSizes, MobileNetSizes
 from gemma_checkpoints.names import Entry, Table
-from gemma_jax.configs.config import ConfigError, DecoderConfig
+from gemma_checkpoints.rows import FORMATS
+from gemma_jax.configs import gemma3n
+from gemma_jax.configs.config import ConfigError, DecoderConfig, VisionConfig
 from gemma_jax.configs.gguf import to_gguf
 from gemma_jax.configs.huggingface import to_huggingface
 from gemma_jax.configs.sentence_transformers import to_files
 from gemma_jax.configs.serialise import to_data
+from gemma_jax.configs.towers import AudioConfig, MobileNetConfig
 from gemma_jax.text.tokenizer import Tokenizer
 from gemma_jax.text.vocabulary import gguf_metadata, serialise
 
@@ -54,8 +59,18 @@ def table(format: str, config: DecoderConfig, style: str | None = None) -> Table
     """
     if format not in FORMATS:
         raise ValueError(f"the format is {format!r}; wanted {' or '.join(map(repr, FORMATS))}")
-    attention, tower = config.attention, config.vision
-    sizes = DecoderSizes(
+    towers = _vision(config.vision), _audio(config.audio)
+    try:
+        return families.gemma(format, _decoder(config), *towers, style)
+    except NoPlaceError as error:
+        hint = "; leave the towers out (text_only, --text-only)" if any(towers) else ""
+        raise ConfigError(f"config {config.name!r} cannot be written: {error}{hint}") from None
+
+
+def _decoder(config: DecoderConfig) -> DecoderSizes:
+    attention, altup, table = config.attention, config.altup, config.per_layer_embedding
+    is_3n = altup is not None or table is not None
+    return DecoderSizes(
         vocab_size=config.vocab_size,
         width=config.width,
         num_heads=attention.num_heads,
@@ -66,18 +81,40 @@ def table(format: str, config: DecoderConfig, style: str | None = None) -> Table
         has_post_norms=config.norm.has_post_norms,
         has_tied_head=config.has_tied_head,
         dense_widths=config.dense_widths,
+        has_zero_centred_norms=config.norm.is_zero_centred,
+        num_streams=altup.num_streams if altup else None,
+        has_corrected_scale=altup is not None and altup.has_corrected_scale,
+        laurel_rank=config.laurel_rank,
+        per_layer_table=(table.num_rows, table.width) if table else None,
+        sharing_layers=frozenset(i for i, spec in enumerate(config.layers) if spec.kv_source is not None),
+        num_spare_rows=gemma3n.NUM_SPARE_ROWS if is_3n and config.vocab_size == gemma3n.VOCAB_SIZE else 0,
     )
-    tower_sizes = None
-    if tower is not None:
-        num_patches = (tower.image_size // tower.patch_size) ** 2
-        tower_sizes = SiglipSizes(
-            tower.num_layers, tower.width, tower.num_heads, tower.ffw_width, tower.patch_size, num_patches
-        )
-    try:
-        return families.gemma(format, sizes, tower_sizes, style)
-    except NoPlaceError as error:
-        hint = "; leave the vision tower out (text_only, --text-only)" if tower is not None else ""
-        raise ConfigError(f"config {config.name!r} cannot be written: {error}{hint}") from None
+
+
+def _vision(tower: VisionConfig | MobileNetConfig | None) -> SiglipSizes | MobileNetSizes | None:
+    if isinstance(tower, VisionConfig):
+        patches = (tower.image_size // tower.patch_size) ** 2
+        return SiglipSizes(tower.num_layers, tower.width, tower.num_heads, tower.ffw_width, tower.patch_size, patches)
+    if tower is None:
+        return None
+    names = [field.name for field in dataclasses.fields(Block)]
+    stages = tuple(tuple(Block(**{n: getattr(block, n) for n in names}) for block in stage) for stage in tower.stages)
+    return MobileNetSizes(tower.stem_width, stages, tower.width, tower.fusion_expansion, tower.num_hard_tokens)
+
+
+def _audio(tower: AudioConfig | None) -> ConformerSizes | None:
+    if tower is None:
+        return None
+    return ConformerSizes(
+        tower.num_layers,
+        tower.width,
+        tower.num_heads,
+        4 * tower.width,
+        (tower.channels[0], tower.channels[1]),
+        tower.bins_left,
+        tower.kernel,
+        tower.num_hard_tokens,
+    )
 
 
 def writer(
@@ -98,7 +135,7 @@ def writer(
     if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
         raise ConfigError(f"vocab_size is {config.vocab_size}, but the tokenizer has {tokenizer.vocab_size} pieces")
     layouts = {
-        table.written(entry.source): Layout(entry.source_shape, _encoding(table.format, entry, precision))
+        table.written(entry.source): Layout(entry.written_shape, _encoding(table.format, entry, precision))
         for entry in table.entries
     }
     if table.format == "gguf":

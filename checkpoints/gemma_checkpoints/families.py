@@ -1,67 +1,22 @@
 """The name tables: where every format keeps every weight of every family. Pure data (specification of weight names).
 
 Letters: V rows of the vocabulary, D width, N query heads, K key/value heads, H width of a head, F ffw width, L layers;
-in the vision tower C is its width, E its ffw width, P the side of a patch.
+in SigLIP C is its width, E its ffw width, P the side of a patch. What Gemma 3n adds stands in `gemma3n`.
 """
 
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gemma_checkpoints.names import Entry, Table
+from gemma_checkpoints import gemma3n
+from gemma_checkpoints.gemma3n import ConformerSizes, MobileNetSizes
+from gemma_checkpoints.names import Table
 from gemma_checkpoints.reader import Reader
+from gemma_checkpoints.rows import At, Placed, Row, norm
 
-FORMATS: tuple[str, ...] = ("orbax", "huggingface", "deepmind", "gguf")
 STYLES = ("text", "bare", "A", "B", "C")  # of prefixes in Hugging Face's files
-
-
-@dataclass(frozen=True)
-class At:
-    """A place in a file: a tensor's name, its dimensions if they are not ours, and (which, of how many) in a stack."""
-
-    name: str
-    axes: str = ""
-    member: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One weight: our path, our dimensions, and its place in each format; None where a format has no word for it."""
-
-    path: str
-    dims: str
-    huggingface: At | None
-    deepmind: At | None = None
-    gguf: At | None = None
-
-    def entry(
-        self, format: str, sizes: Mapping[str, int], prefixes: tuple[str, str], norm_offset: float = 0.0
-    ) -> Entry | None:
-        """The row in one format. `prefixes` go before our path and before the file's name; `norm_offset` is what files
-        of the format have more than we in the scale of a norm.
-        """
-        place = At(self.path) if format == "orbax" else getattr(self, format)
-        if place is None:
-            return None
-        name = prefixes[0] + self.path if format == "orbax" else prefixes[1] + place.name
-        shape = tuple(sizes[letter] if letter in sizes else int(letter) for letter in self.dims.split())
-        index, stack = ((), ()) if place.member is None else ((place.member[0],), (place.member[1],))
-        axes = f"{_named(self.dims)} -> {place.axes}" if place.axes else ""
-        offset = -norm_offset if self.path.endswith("norm/scale") else 0.0
-        return Entry(prefixes[0] + self.path, shape, name, axes, index, stack, offset, self.dims == "V D")
-
-
-def _named(dims: str) -> str:
-    """Dimensions as names: a letter that comes twice gets a prime, as in "P P' 3 C"."""
-    seen: list[str] = []
-    for name in dims.split():
-        while name in seen:
-            name += "'"
-        seen.append(name)
-    return " ".join(seen)
-
 
 _EMBEDDER = Row(
     "embedder/embedding", "V D", At("embed_tokens.weight"), At("embedder/input_embedding"), At("token_embd.weight")
@@ -70,12 +25,8 @@ _FINAL_NORM = Row("final_norm/scale", "D", At("norm.weight"), At("final_norm/sca
 _HEAD = Row("head/embedding", "V D", At("lm_head.weight"), None, At("output.weight"))
 
 
-def _norm(path: str, dims: str, huggingface: str, deepmind: str, gguf: str) -> Row:
-    return Row(f"{path}/scale", dims, At(f"{huggingface}.weight"), At(f"{deepmind}/scale"), At(f"{gguf}.weight"))
-
-
 _LAYER = (
-    _norm("pre_attention_norm", "D", "input_layernorm", "pre_attention_norm", "attn_norm"),
+    norm("pre_attention_norm", "D", "input_layernorm", "pre_attention_norm", "attn_norm"),
     Row("attn/q/kernel", "D N H", At("self_attn.q_proj.weight", "(N H) D"), At("attn/q_einsum/w", "N D H"),
         At("attn_q.weight", "(N H) D")),
     Row("attn/k/kernel", "D K H", At("self_attn.k_proj.weight", "(K H) D"), At("attn/kv_einsum/w", "K D H", (0, 2)),
@@ -91,16 +42,16 @@ _LAYER = (
     Row("mlp/down/kernel", "F D", At("mlp.down_proj.weight", "D F"), At("mlp/linear"), At("ffn_down.weight", "D F")),
 )  # fmt: skip
 _QK_NORM = (
-    _norm("attn/q_norm", "H", "self_attn.q_norm", "attn/_query_norm", "attn_q_norm"),
-    _norm("attn/k_norm", "H", "self_attn.k_norm", "attn/_key_norm", "attn_k_norm"),
+    norm("attn/q_norm", "H", "self_attn.q_norm", "attn/_query_norm", "attn_q_norm"),
+    norm("attn/k_norm", "H", "self_attn.k_norm", "attn/_key_norm", "attn_k_norm"),
 )
 _POST_NORMS = (
-    _norm("pre_ffw_norm", "D", "pre_feedforward_layernorm", "pre_ffw_norm", "ffn_norm"),
-    _norm("post_attention_norm", "D", "post_attention_layernorm", "post_attention_norm", "post_attention_norm"),
-    _norm("post_ffw_norm", "D", "post_feedforward_layernorm", "post_ffw_norm", "post_ffw_norm"),
+    norm("pre_ffw_norm", "D", "pre_feedforward_layernorm", "pre_ffw_norm", "ffn_norm"),
+    norm("post_attention_norm", "D", "post_attention_layernorm", "post_attention_norm", "post_attention_norm"),
+    norm("post_ffw_norm", "D", "post_feedforward_layernorm", "post_ffw_norm", "post_ffw_norm"),
 )
 # Gemma 1 has no norms after its blocks, and in Hugging Face's names the one before the ffw comes "after attention".
-_NO_POST_NORMS = (_norm("pre_ffw_norm", "D", "post_attention_layernorm", "pre_ffw_norm", "ffn_norm"),)
+_NO_POST_NORMS = (norm("pre_ffw_norm", "D", "post_attention_layernorm", "pre_ffw_norm", "ffn_norm"),)
 
 _KEYS = {"q": "query", "k": "key", "v": "value"}
 _TOWER_LAYER = (
@@ -144,7 +95,8 @@ _TOWER = (
         At("embedder/mm_input_projection/w")),
 )  # fmt: skip
 
-_TOWER_NAMES = r"(vision_tower|multi_modal_projector)\..*|(vision|vision_encoder|mm)/.*|embedder/mm_.*"
+_VISION_NAMES = r"(vision_tower|multi_modal_projector|embed_vision)\..*|(vision|vision_encoder|mm)/.*|embedder/mm_.*"
+_AUDIO_NAMES = r"(audio_tower|embed_audio)\..*|(audio|audio_mm)/.*"
 # Tensors that may be in a file and are not read, and why; names without prefixes.
 _COMPUTED = (
     (r".*\.position_ids|.*rotary_emb\.inv_freq|.*\.embed_scale", "computed from the config"),
@@ -160,7 +112,7 @@ _UNUSED = (
 
 @dataclass(frozen=True)
 class DecoderSizes:
-    """What a table needs to know of a Gemma 1, 2 or 3 decoder."""
+    """What a table needs to know of a decoder. The fields after `dense_widths` are Gemma 3n's."""
 
     vocab_size: int
     width: int
@@ -172,6 +124,13 @@ class DecoderSizes:
     has_post_norms: bool = True
     has_tied_head: bool = True
     dense_widths: tuple[int, ...] = ()  # of the layers behind EmbeddingGemma's pooling
+    has_zero_centred_norms: bool = True
+    num_streams: int | None = None  # of AltUp
+    has_corrected_scale: bool = True  # in AltUp
+    laurel_rank: int | None = None
+    per_layer_table: tuple[int, int] | None = None  # its rows, and its width per layer
+    sharing_layers: frozenset[int] = frozenset()  # those that read another's keys and values
+    num_spare_rows: int = 0  # of the table of tokens in Hugging Face's files
 
 
 @dataclass(frozen=True)
@@ -190,79 +149,104 @@ class NoPlaceError(ValueError):
     """A format has no word for a weight."""
 
 
-def gemma(format: str, sizes: DecoderSizes, tower: SiglipSizes | None = None, style: str | None = None) -> Table:
-    """The table of a Gemma 1, 2 or 3, of a Gemma 3 with its vision tower, or of EmbeddingGemma.
+def gemma(
+    format: str,
+    sizes: DecoderSizes,
+    vision: SiglipSizes | MobileNetSizes | None = None,
+    audio: ConformerSizes | None = None,
+    style: str | None = None,
+) -> Table:
+    """The table of a Gemma 1, 2, 3 or 3n, of one with its towers, or of EmbeddingGemma.
 
     Args:
         format: one of `FORMATS`.
-        tower: the vision tower; None for a text model, and for the text part alone: a tower in a file is ignored then.
+        vision, audio: the towers; None for a text model, and for the text part alone: those in a file are ignored then.
         style: of prefixes when Hugging Face's names are written, one of `STYLES`. None: as the releases do it.
 
     Raises: NoPlaceError for a weight that the format does not have; ValueError for another style.
     """
-    rows = [*_decoder_rows(sizes), *(_tower_rows(tower, sizes) if tower else ())]
-    norm_offset = 1.0 if format == "gguf" else 0.0
+    placed = [*_decoder_rows(sizes)]
+    if vision is not None:
+        rows_of = gemma3n.vision_rows if isinstance(vision, MobileNetSizes) else _tower_rows
+        placed += rows_of(vision, sizes.width)  # pyright: ignore[reportArgumentType]
+    placed += gemma3n.audio_rows(audio, sizes.width) if audio else ()
+    norm_offset = 1.0 if format == "gguf" and sizes.has_zero_centred_norms else 0.0
+    num_spare_rows = sizes.num_spare_rows if format == "huggingface" else 0
     entries = []
-    for row, letters, prefixes in rows:
-        entry = row.entry(format, letters, prefixes[format], norm_offset)
+    for row in placed:
+        entry = row.entry(format, norm_offset, num_spare_rows)
         if entry is None:
-            raise NoPlaceError(f"{format} has no place for {prefixes['orbax'][0]}{row.path}")
+            raise NoPlaceError(f"{format} has no place for {row.path}")
         entries.append(entry)
-    ignored = (*_COMPUTED, *_UNUSED, *(() if tower else ((_TOWER_NAMES, "the text part is read"),)))
-    if sizes.has_tied_head:
-        ignored = (*ignored, _TIED_HEAD)
-    if not sizes.dense_widths:
-        ignored = (*ignored, _DENSE)
-    style = style or ("bare" if sizes.dense_widths else "A" if tower else "text")
-    if style not in STYLES:
+    is_3n = sizes.num_streams is not None or sizes.per_layer_table is not None
+    usual = "bare" if sizes.dense_widths else "text" if not (vision or audio) else "B" if is_3n else "A"
+    if style is not None and style not in STYLES:
         raise ValueError(f"the style of prefixes is {style!r}; wanted {', '.join(STYLES)}")
     normalised, written = {
-        "huggingface": (huggingface_name, functools.partial(styled, style)),
+        "huggingface": (huggingface_name, functools.partial(styled, style or usual)),
         "deepmind": (deepmind_name, str),
     }.get(format, (str, str))
-    return Table(format, tuple(entries), ignored, normalised, written)
+    return Table(format, tuple(entries), _ignored(sizes, bool(vision), bool(audio)), normalised, written)
 
 
-_Placed = tuple[Row, Mapping[str, int], Mapping[str, tuple[str, str]]]
-_NO_PREFIX: Mapping[str, tuple[str, str]] = dict.fromkeys(FORMATS, ("", ""))
+def _ignored(sizes: DecoderSizes, has_vision: bool, has_audio: bool) -> tuple[tuple[str, str], ...]:
+    ignored = [*_COMPUTED, *_UNUSED]
+    ignored += [] if has_vision else [(_VISION_NAMES, "the text part is read")]
+    ignored += [] if has_audio else [(_AUDIO_NAMES, "the text part is read")]
+    ignored += [_TIED_HEAD] if sizes.has_tied_head else []
+    ignored += [] if sizes.dense_widths else [_DENSE]
+    if sizes.sharing_layers:
+        layers = "(" + "|".join(map(str, sorted(sizes.sharing_layers))) + ")"
+        ignored.append((gemma3n.UNUSED_KEYS.replace("{0}", layers), "the layer reads another's keys and values"))
+    return tuple(ignored)
 
 
-def _decoder_rows(sizes: DecoderSizes) -> Iterator[_Placed]:
-    """Each row with the sizes of its letters, and what goes before its path and name in each format."""
+def _decoder_rows(sizes: DecoderSizes) -> Iterator[Placed]:
+    rows, width = sizes.per_layer_table or (0, 0)
     letters = {
         "V": sizes.vocab_size,
         "D": sizes.width,
         "N": sizes.num_heads,
         "K": sizes.num_kv_heads,
         "H": sizes.head_dim,
+        "A": sizes.num_streams or 0,
+        "W": sizes.laurel_rank or 0,
+        "R": rows,
+        "P": width,
+        "L": len(sizes.ffw_widths),
     }
-    layer = (
-        *_LAYER,
-        *(_QK_NORM if sizes.has_qk_norm else ()),
-        *(_POST_NORMS if sizes.has_post_norms else _NO_POST_NORMS),
-    )
-    yield _EMBEDDER, letters, _NO_PREFIX
+    outer = [_EMBEDDER, _FINAL_NORM, *([] if sizes.has_tied_head else [_HEAD])]
+    outer += gemma3n.PER_LAYER_TABLE if sizes.per_layer_table else ()
+    outer += gemma3n.altup_projections(sizes.num_streams) if sizes.num_streams else ()
+    for row in outer:
+        yield Placed(row, letters)
+    layer = _layer_rows(sizes)
     for i, ffw_width in enumerate(sizes.ffw_widths):
-        prefixes = _prefixes(f"layers_{i}/", huggingface=f"layers.{i}.", deepmind=f"layer_{i}/", gguf=f"blk.{i}.")
+        names = {"huggingface": f"layers.{i}.", "deepmind": f"layer_{i}/", "gguf": f"blk.{i}."}
         for row in layer:
-            yield row, {**letters, "F": ffw_width}, prefixes
-    yield _FINAL_NORM, letters, _NO_PREFIX
-    if not sizes.has_tied_head:
-        yield _HEAD, letters, _NO_PREFIX
+            if i not in sizes.sharing_layers or row.path not in gemma3n.OWN_KEYS:
+                yield Placed(row, {**letters, "F": ffw_width}, f"layers_{i}/", names)
     width = sizes.width
     for i, out in enumerate(sizes.dense_widths):  # modules 2 and 3 of the sentence-transformers folder
-        at = At(f"{i + 2}_Dense/linear.weight", "O I")
-        yield (
-            Row(f"dense_{i}/kernel", "I O", at, None, At(f"dense_{i + 2}.weight", "O I")),
-            {"I": width, "O": out},
-            _NO_PREFIX,
-        )
+        places = At(f"{i + 2}_Dense/linear.weight", "O I"), None, At(f"dense_{i + 2}.weight", "O I")
+        yield Placed(Row(f"dense_{i}/kernel", "I O", *places), {"I": width, "O": out})
         width = out
 
 
-def _tower_rows(tower: SiglipSizes, sizes: DecoderSizes) -> Iterator[_Placed]:
+def _layer_rows(sizes: DecoderSizes) -> list[Row]:
+    rows = [*_LAYER, *(_POST_NORMS if sizes.has_post_norms else _NO_POST_NORMS)]
+    if sizes.has_qk_norm:
+        rows += _QK_NORM if sizes.has_zero_centred_norms else gemma3n.QK_NORM
+    if sizes.num_streams:
+        rows += [*gemma3n.ALTUP, *([gemma3n.ALTUP_SCALE] if sizes.has_corrected_scale else [])]
+    rows += gemma3n.LAUREL if sizes.laurel_rank else ()
+    rows += gemma3n.PER_LAYER if sizes.per_layer_table else ()
+    return rows
+
+
+def _tower_rows(tower: SiglipSizes, width: int) -> Iterator[Placed]:
     letters = {
-        "D": sizes.width,
+        "D": width,
         "C": tower.width,
         "E": tower.ffw_width,
         "N": tower.num_heads,
@@ -271,19 +255,14 @@ def _tower_rows(tower: SiglipSizes, sizes: DecoderSizes) -> Iterator[_Placed]:
         "patches": tower.num_patches,
     }
     for row in _TOWER:
-        yield row, letters, _NO_PREFIX
+        yield Placed(row, letters)
     for j in range(tower.num_layers):
-        prefixes = _prefixes(
-            f"vision/layers_{j}/",
-            huggingface=f"vision_tower.encoder.layers.{j}.",
-            deepmind=f"{_SIGLIP}/Transformer/encoderblock_{j}/",
-        )
+        names = {
+            "huggingface": f"vision_tower.encoder.layers.{j}.",
+            "deepmind": f"{_SIGLIP}/Transformer/encoderblock_{j}/",
+        }
         for row in _TOWER_LAYER:
-            yield row, letters, prefixes
-
-
-def _prefixes(ours: str, **theirs: str) -> dict[str, tuple[str, str]]:
-    return {format: (ours, theirs.get(format, "")) for format in FORMATS}
+            yield Placed(row, letters, f"vision/layers_{j}/", names)
 
 
 def huggingface_name(name: str) -> str:

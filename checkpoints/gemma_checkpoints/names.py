@@ -7,7 +7,7 @@ scales as the family stores them. The tables of the families are in `families`.
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,12 +29,20 @@ class Entry:
     stack: tuple[int, ...] = ()  # how many it stacks along each of them
     offset: float = 0.0  # added to the stored values: GGUF stores 1 + scale
     has_spare_rows: bool = False  # the file may have more rows than we: padding of the vocabulary
+    num_spare_rows: int = 0  # that are written: copies of the first
+    is_optional: bool = False  # the file may lack it; then it is zero
 
     @property
     def source_shape(self) -> tuple[int, ...]:
         """The shape of the file's tensor, all that it stacks included."""
         sizes = (math.prod(self.shape[axis] for axis in group) for group in self._groups)
         return (*self.stack, *sizes)
+
+    @property
+    def written_shape(self) -> tuple[int, ...]:
+        """As `source_shape`, with the spare rows."""
+        rows, *rest = self.source_shape
+        return (rows + self.num_spare_rows, *rest)
 
     def source_view(self, ours: np.ndarray) -> np.ndarray:
         """An array of ours (or a region of it) seen as the file stores it; writing to the view writes to the array."""
@@ -67,6 +75,8 @@ class Entry:
     def stored(self, ours: np.ndarray) -> np.ndarray:
         """What the file holds for an array of ours (of a stack: this one's part)."""
         source = self.source_view(ours)
+        if self.num_spare_rows:
+            return np.concatenate([source, np.repeat(source[:1], self.num_spare_rows, axis=0)])
         return source.astype(np.float32) - np.float32(self.offset) if self.offset else source
 
     @property
@@ -115,7 +125,7 @@ class Weights:
         self._names = _matched(reader, table)
 
     def paths(self) -> list[str]:
-        """All paths, in the order in which they lie in the files."""
+        """All paths, in the order in which they lie in the files; first those that they lack."""
         return sorted(self.entries, key=lambda path: (*self._where(path), self.entries[path].index))
 
     def source_name(self, path: str) -> str:
@@ -129,6 +139,9 @@ class Weights:
         Raises CheckpointError if the file is damaged.
         """
         entry = self.entries[path]
+        if entry.source not in self._names:
+            out[...] = 0
+            return
         region = region or tuple(slice(0, size) for size in entry.shape)
         around, start = entry.source_region(region)
         is_same = around == region
@@ -148,6 +161,8 @@ class Weights:
         self.reader.read(self._names[entry.source], out=view.reshape((1,) * len(entry.stack) + view.shape), start=start)
 
     def _where(self, path: str) -> tuple[str, int]:
+        if self.entries[path].source not in self._names:
+            return "", 0
         info = self.reader.tensors[self.source_name(path)]
         return str(info.file), info.offset
 
@@ -167,7 +182,8 @@ def _matched(reader: Reader, table: Table) -> dict[str, str]:
             problems.append(f"{name!r} is unknown")
     for source, entry in wanted.items():
         if source not in names:
-            problems.append(f"{source!r} is missing")
+            if not entry.is_optional:
+                problems.append(f"{source!r} is missing")
             continue
         stored, ours = reader.tensors[names[source]].shape, entry.source_shape
         has_room = entry.has_spare_rows and stored[1:] == ours[1:] and stored[:1] >= ours[:1]
@@ -197,13 +213,9 @@ class Assembly:
             yield self.table.written(entry.source), values
             return
         if entry.source not in self._begun:
-            self._begun[entry.source] = np.empty(entry.source_shape, values.dtype), self._members[entry.source]
+            self._begun[entry.source] = np.empty(entry.written_shape, values.dtype), self._members[entry.source]
         whole, missing = self._begun[entry.source]
         whole[entry.index] = values
         self._begun[entry.source] = whole, missing - 1
         if missing == 1:
             yield self.table.written(entry.source), self._begun.pop(entry.source)[0]
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of the file's tensors by full name, in the table's order."""
-        return {self.table.written(entry.source): entry.source_shape for entry in self.table.entries}

@@ -21,7 +21,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--to", required=True, choices=FORMATS)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as the source stores its matrices")
     parser.add_argument("--quantize", choices=("q8_0", "q4_0"), help="for gguf")
-    parser.add_argument("--text-only", action="store_true", help="leave out the vision tower of a multimodal model")
+    parser.add_argument("--text-only", action="store_true", help="leave out the towers of a multimodal model")
     parser.add_argument("--style", choices=STYLES, help="of prefixes in huggingface names; default: as released")
     parser.add_argument("--verify", action="store_true", help="read all back and compare; then compare logits")
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from gemma_jax.configs.towers import AudioConfig, MobileNetConfig
+
 
 class ConfigError(ValueError):
     """A configuration that describes no possible model, or an override that names no field."""
@@ -114,7 +116,8 @@ class DecoderConfig:
     altup: AltUpConfig | None = None
     laurel_rank: int | None = None  # arXiv:2411.07501
     per_layer_embedding: PerLayerEmbeddingConfig | None = None
-    vision: VisionConfig | None = None
+    vision: VisionConfig | MobileNetConfig | None = None
+    audio: AudioConfig | None = None
     dense_widths: tuple[int, ...] = ()  # of the linear layers after EmbeddingGemma's mean over tokens
 
     def __post_init__(self) -> None:
@@ -123,6 +126,11 @@ class DecoderConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def decoder(self) -> "DecoderConfig":
+        """The same without what stands around a decoder: towers, and the layers after EmbeddingGemma's pooling."""
+        return self.replace_all([("vision", None), ("audio", None), ("dense_widths", ())])
 
     @property
     def generation(self) -> int:
@@ -321,7 +329,15 @@ def _optional_problems(config: DecoderConfig) -> Iterator[str]:
             yield f"per_layer_embedding.num_rows is {table.num_rows}, more than vocab_size {config.vocab_size}"
     for i, width in enumerate(config.dense_widths):
         yield from _positive(f"dense_widths.{i}", width)
-    if (vision := config.vision) is not None:
+    if (audio := config.audio) is not None:
+        for name in ("num_layers", "width", "num_heads", "num_bins", "kernel"):
+            yield from _positive(f"audio.{name}", getattr(audio, name))
+        if len(audio.channels) != 2:
+            yield f"audio.channels is {audio.channels}; wanted the widths of two convolutions"
+    if isinstance(vision := config.vision, MobileNetConfig):
+        if len(vision.stages) < 2 or not all(vision.stages):
+            yield "vision.stages has not two stages with blocks, whose outputs are put together"
+    elif vision is not None:
         sizes = [p for name, value in dataclasses.asdict(vision).items() for p in _positive(f"vision.{name}", value)]
         yield from sizes
         if not sizes and vision.width % vision.num_heads:

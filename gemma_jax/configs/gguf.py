@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_jax.configs import gguf_3n
 from gemma_jax.configs.config import (
     MAX_LAYERS,
     AttentionConfig,
@@ -17,8 +18,9 @@ from gemma_jax.configs.config import (
     check_same,
 )
 from gemma_jax.configs.gemma3 import PADDED_VOCAB_SIZE, PERIOD, VOCAB_SIZE
+from gemma_jax.configs.gemma3n import NUM_SPARE_ROWS
 
-ARCHITECTURES = ("gemma3", "gemma2", "gemma", "gemma-embedding")
+ARCHITECTURES = ("gemma3", "gemma2", "gemma", "gemma-embedding", gguf_3n.FAMILY)
 POOLING_MEAN = 1  # llama.h, enum llama_pooling_type
 DENSE = ("dense_2_feat_out", "dense_3_feat_out")  # of EmbeddingGemma
 LOCAL_THETA = 10_000.0  # not in the files
@@ -47,7 +49,7 @@ def from_gguf(metadata: Mapping[str, Any], name: str = "gguf") -> DecoderConfig:
             raise ConfigError(f"{family}.{suffix} is {value!r} in the GGUF metadata; wanted {wanted}")
         return value
 
-    base = "gemma3" if family == "gemma-embedding" else family
+    base = "gemma3" if family in ("gemma-embedding", gguf_3n.FAMILY) else family
     real = functools.partial(key, kinds=(int, float))
     width, num_layers, num_heads = key("embedding_length"), key("block_count"), key("attention.head_count")
     if not 1 <= num_layers <= MAX_LAYERS or num_heads < 1:
@@ -58,7 +60,7 @@ def from_gguf(metadata: Mapping[str, Any], name: str = "gguf") -> DecoderConfig:
     head_dim, turn = key("attention.key_length"), {"gemma3": PERIOD, "gemma2": 2, "gemma": 1}[base]
     theta = real("rope.freq_base", 1_000_000.0 if base == "gemma3" else LOCAL_THETA)
     is_by_width = (family, num_layers) in SCALED_BY_WIDTH
-    return DecoderConfig(
+    config = DecoderConfig(
         name=name,
         vocab_size=_vocab_size(metadata, family),
         width=width,
@@ -83,6 +85,7 @@ def from_gguf(metadata: Mapping[str, Any], name: str = "gguf") -> DecoderConfig:
         final_softcap=real("final_logit_softcapping", 30.0 if family == "gemma2" else None),
         dense_widths=tuple(key(name) for name in DENSE if f"{family}.{name}" in metadata),
     )
+    return gguf_3n.extended(config, key) if family == gguf_3n.FAMILY else config
 
 
 def _vocab_size(metadata: Mapping[str, Any], family: str) -> int:
@@ -90,7 +93,7 @@ def _vocab_size(metadata: Mapping[str, Any], family: str) -> int:
     size = len(tokens) if isinstance(tokens, list) else metadata.get(f"{family}.vocab_size")
     if not isinstance(size, int):
         raise ConfigError(f"the GGUF metadata has neither tokenizer.ggml.tokens nor {family}.vocab_size")
-    return VOCAB_SIZE if size == PADDED_VOCAB_SIZE else size
+    return VOCAB_SIZE if size in (PADDED_VOCAB_SIZE, VOCAB_SIZE + NUM_SPARE_ROWS) else size
 
 
 def _rope_scale(metadata: Mapping[str, Any], family: str) -> float:
@@ -123,6 +126,8 @@ def to_gguf(config: DecoderConfig) -> dict[str, Any]:
     everywhere = attention.global_
     family = ("gemma", "gemma2", "gemma3")[config.generation - 1]
     family = family if attention.is_causal else "gemma-embedding"
+    is_3n = config.altup is not None or config.per_layer_embedding is not None
+    family = gguf_3n.FAMILY if is_3n else family
     values: dict[str, Any] = {
         "context_length": config.context,
         "embedding_length": config.width,
@@ -147,6 +152,8 @@ def to_gguf(config: DecoderConfig) -> dict[str, Any]:
             values[key] = float(value)
     if not attention.is_causal:
         values |= {"attention.causal": False, "pooling_type": POOLING_MEAN}
+    if is_3n:
+        values |= gguf_3n.metadata(config)
     width = config.width
     for name, out in zip(DENSE, config.dense_widths, strict=False):
         values |= {name.replace("out", "in"): width, name: out}

@@ -1,9 +1,10 @@
 """A decoder's config from Hugging Face's config.json, in the dialects of transformers 4 and 5, and back."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_jax.configs import sentence_transformers
+from gemma_jax.configs import huggingface_3n, sentence_transformers
 from gemma_jax.configs.config import (
     MAX_LAYERS,
     AttentionConfig,
@@ -35,6 +36,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_theta": 1_000_000.0,
         "rope_local_base_freq": 10_000.0,
     },
+    "gemma3n_text": {**huggingface_3n.DEFAULTS},
     "gemma2": {
         **_COMMON,
         "vocab_size": 256_000,
@@ -64,29 +66,46 @@ _SIZES = [key for key, value in _DEFAULTS["gemma"].items() if isinstance(value, 
 
 
 def from_huggingface(data: Mapping[str, Any], name: str = "huggingface") -> DecoderConfig:
-    """The decoder that a parsed config.json describes; of a multimodal model (`gemma3`) its text part.
+    """The model that a parsed config.json describes: its decoder, and its towers if the file has parts for them.
 
     Raises ConfigError for another model_type, or settings that this decoder does not have.
     """
     family = data.get("model_type")
-    vision = None
-    if family == "gemma3":
-        text, vision = _object(data, "text_config"), _vision(data)
+    towers: dict[str, Any] = {}
+    if family in ("gemma3", "gemma3n"):
+        text = _object(data, "text_config")
+        if family == "gemma3":
+            towers = {"vision": _vision(data)}
+        else:
+            towers = huggingface_3n.towers(data, _object(data, "vision_config"), _object(data, "audio_config"))
         is_tied = data.get("tie_word_embeddings", True) and text.get("tie_word_embeddings", True)
-        data, family = {**data, **text, "tie_word_embeddings": is_tied}, "gemma3_text"
+        data, family = {**data, **text, "tie_word_embeddings": is_tied}, f"{family}_text"
     if not isinstance(family, str) or family not in _DEFAULTS:
-        raise ConfigError(f"model_type is {family!r}; can be read: gemma3, {', '.join(_DEFAULTS)}")
+        raise ConfigError(f"model_type is {family!r}; can be read: gemma3, gemma3n, {', '.join(_DEFAULTS)}")
     values = {**_DEFAULTS[family], **data}
+    _check_sizes(values, family)
+    is_local = _pattern(values, family)
+    if family == "gemma3n_text":
+        config = huggingface_3n.from_text(values, name, is_local, _ropes(values, family))
+    else:
+        config = _decoder(values, family, name, is_local)
+    return dataclasses.replace(config, **towers) if towers else config
+
+
+def _check_sizes(values: Mapping[str, Any], family: str) -> None:
     if values.get("attention_bias"):
         raise ConfigError("attention_bias is true; Gemma's decoders have no biases")
-    wrong = [f"{key} is {values[key]!r}" for key in _SIZES if type(values[key]) is not int or values[key] < 1]
+    sizes = [key for key in _SIZES if key != "intermediate_size" or family != "gemma3n_text"]
+    wrong = [f"{key} is {values[key]!r}" for key in sizes if type(values[key]) is not int or values[key] < 1]
     if wrong:
         raise ConfigError(f"{', '.join(wrong)}; wanted positive whole numbers")
     if values["num_hidden_layers"] > MAX_LAYERS:
         raise ConfigError(f"num_hidden_layers is {values['num_hidden_layers']}; wanted at most {MAX_LAYERS}")
     if not isinstance(is_tied := values.get("tie_word_embeddings", True), bool):
         raise ConfigError(f"tie_word_embeddings is {is_tied!r}; wanted true or false")
-    is_local = _pattern(values, family)
+
+
+def _decoder(values: Mapping[str, Any], family: str, name: str, is_local: list[bool]) -> DecoderConfig:
     vocab_size = VOCAB_SIZE if values["vocab_size"] == PADDED_VOCAB_SIZE else values["vocab_size"]
     return DecoderConfig(
         name=name,
@@ -98,10 +117,9 @@ def from_huggingface(data: Mapping[str, Any], name: str = "huggingface") -> Deco
         period=_period(is_local),
         norm=NormConfig(epsilon=values["rms_norm_eps"], has_post_norms=family != "gemma"),
         activation=_activation(values, family),
-        has_tied_head=is_tied,
+        has_tied_head=values.get("tie_word_embeddings", True),
         final_softcap=values.get("final_logit_softcapping"),
-        vision=vision,
-        dense_widths=sentence_transformers.dense_widths(data),
+        dense_widths=sentence_transformers.dense_widths(values),
     )
 
 
@@ -149,7 +167,7 @@ def _pattern(values: Mapping[str, Any], family: str) -> list[bool]:
     kinds = values.get("layer_types")
     if kinds is None:
         turn = values.get("sliding_window_pattern") or values.get("_sliding_window_pattern")
-        turn = turn or (PERIOD if family == "gemma3_text" else 2)
+        turn = turn or {"gemma3_text": PERIOD, "gemma3n_text": huggingface_3n.PERIOD}.get(family, 2)
         if type(turn) is not int or turn < 1:
             raise ConfigError(f"sliding_window_pattern is {turn!r}; wanted a positive whole number")
         return [(i + 1) % turn != 0 for i in range(count)]
@@ -166,13 +184,7 @@ def _period(is_local: list[bool]) -> int:
 
 
 def _attention(values: Mapping[str, Any], family: str) -> AttentionConfig:
-    local_base = values.get("rope_local_base_freq", values["rope_theta"])
-    old, ropes = _object(values, "rope_scaling"), _object(values, "rope_parameters")
-    flat = {} if {"full_attention", "sliding_attention"} & set(ropes) else ropes
-    global_theta, global_scale = _rope(_object(ropes, "full_attention") or flat or old, values["rope_theta"])
-    # Gemma 3 scales its global layers only (gemma3.md, 1.3)
-    local_rope = _object(ropes, "sliding_attention") or ({} if family == "gemma3_text" else flat or old)
-    local_theta, local_scale = _rope(local_rope, local_base)
+    (local_theta, local_scale), (global_theta, global_scale) = _ropes(values, family)
     return AttentionConfig(
         num_heads=values["num_attention_heads"],
         num_kv_heads=values["num_key_value_heads"],
@@ -184,6 +196,20 @@ def _attention(values: Mapping[str, Any], family: str) -> AttentionConfig:
         softcap=values.get("attn_logit_softcapping"),
         is_causal=not values.get("use_bidirectional_attention"),
     )
+
+
+def _ropes(values: Mapping[str, Any], family: str) -> list[tuple[float, float]]:
+    """Base and scale of the local layers, and of the global ones."""
+    local_base = values.get("rope_local_base_freq", values["rope_theta"])
+    old, ropes = _object(values, "rope_scaling"), _object(values, "rope_parameters")
+    flat = {} if {"full_attention", "sliding_attention"} & set(ropes) else ropes
+    # Gemma 3 scales its global layers only (gemma3.md, 1.3)
+    is_third = family in ("gemma3_text", "gemma3n_text")
+    local_rope = _object(ropes, "sliding_attention") or ({} if is_third else flat or old)
+    return [
+        _rope(local_rope, local_base),
+        _rope(_object(ropes, "full_attention") or flat or old, values["rope_theta"]),
+    ]
 
 
 def _object(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -211,6 +237,20 @@ def to_huggingface(config: DecoderConfig, dtype: str) -> dict[str, Any]:
 
     `dtype` is that of the weights. Raises ConfigError for a decoder that the format cannot describe.
     """
+    if config.altup is not None or config.per_layer_embedding is not None:
+        data = huggingface_3n.to_text(config, dtype)
+        data = huggingface_3n.to_multimodal(data, config) if config.vision or config.audio else data
+    else:
+        data = _to_text(config, dtype)
+        if isinstance(config.vision, VisionConfig):
+            data = _multimodal(data, config.vision, dtype)
+    modules = sentence_transformers.to_modules(config)
+    described = from_huggingface({**data, sentence_transformers.KEY: modules}, config.name)
+    check_same(config, described, "config.json")
+    return data
+
+
+def _to_text(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     attention = config.attention
     local, everywhere = attention.local, attention.global_
     family = ("gemma", "gemma2", "gemma3_text")[config.generation - 1]
@@ -251,12 +291,6 @@ def to_huggingface(config: DecoderConfig, dtype: str) -> dict[str, Any]:
         data["rope_local_base_freq"] = local.rope_theta
         data["rope_scaling"] = None if scale == 1.0 else {"factor": scale, "rope_type": "linear"}
         data["use_bidirectional_attention"] = not attention.is_causal
-    if config.vision is not None:
-        data = _multimodal(data, config.vision, dtype)
-    described = from_huggingface(
-        {**data, sentence_transformers.KEY: sentence_transformers.to_modules(config)}, config.name
-    )
-    check_same(config, described, "config.json")
     return data
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 
-from gemma_jax.configs import gemma1, gemma2, gemma3
+from gemma_jax.configs import gemma1, gemma2, gemma3, gemma3n
 from gemma_jax.configs.config import ConfigError, DecoderConfig
 
 _MODELS = {
@@ -13,6 +13,8 @@ _MODELS = {
         gemma3.GEMMA3_4B,
         gemma3.GEMMA3_12B,
         gemma3.GEMMA3_27B,
+        gemma3n.GEMMA3N_E2B,
+        gemma3n.GEMMA3N_E4B,
         gemma2.GEMMA2_2B,
         gemma2.GEMMA2_9B,
         gemma2.GEMMA2_27B,

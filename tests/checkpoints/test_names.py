@@ -52,7 +52,7 @@ def stored(prefix: str = "model.") -> dict[str, np.ndarray]:
 
 
 def table(format="huggingface", tower=None, style=None, **options):
-    return families.gemma(format, DecoderSizes(V, D, N, K, H, (F,), **options), tower, style)
+    return families.gemma(format, DecoderSizes(V, D, N, K, H, (F,), **options), tower, style=style)
 
 
 def read(folder: Path, tensors: dict[str, np.ndarray], shapes=SHAPES, **options) -> dict[str, np.ndarray]:

@@ -282,8 +282,11 @@ def test_activations(family, said, want):
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"model_type": "llama"}, r"model_type is 'llama'; can be read: gemma3, gemma3_text, gemma2, gemma"),
-        ({"model_type": "gemma3n"}, r"model_type is 'gemma3n'"),
+        (
+            {"model_type": "llama"},
+            r"model_type is 'llama'; can be read: gemma3, gemma3n, gemma3_text, gemma3n_text, gemma2, gemma",
+        ),
+        ({"model_type": "gemma4"}, r"model_type is 'gemma4'"),
         ({"model_type": None}, r"model_type is None"),
         ({"attention_bias": True}, r"attention_bias is true"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, r"rope_type is 'yarn'.*default and linear"),

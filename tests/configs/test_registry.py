@@ -24,6 +24,9 @@ EARLIER = {
 }
 
 
+GEMMA3N = ("gemma-3n-e2b", "gemma-3n-e4b")  # tests/test_conversion_3n.py
+
+
 def sizes(config):
     """L, D, N, K, H and F, which must be one for all layers."""
     (ffw_width,) = {spec.ffw_width for spec in config.layers}
@@ -39,7 +42,7 @@ def sizes(config):
 
 
 def test_all_published_sizes_are_registered():
-    assert set(configs.names()) == {*GEMMA3, *EARLIER}
+    assert set(configs.names()) == {*GEMMA3, *EARLIER, *GEMMA3N}
 
 
 @pytest.mark.parametrize("name", GEMMA3)

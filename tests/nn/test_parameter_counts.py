@@ -105,4 +105,5 @@ def test_gemma_1_and_2_have_the_parameters_of_their_reports(counts, name):
 
 
 def test_every_registered_model_is_counted_here():
-    assert {*GEMMA3, *EARLIER} == set(configs.names())
+    third_n = {name for name in configs.names() if name.startswith("gemma-3n")}  # tests/test_conversion_3n.py
+    assert {*GEMMA3, *EARLIER} == set(configs.names()) - third_n
