@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gemma_jax.configs.config import ConfigError, DecoderConfig
-    from gemma_jax.conversion import convert, verify
+    from gemma_jax.conversion import convert, convert_lora, verify
     from gemma_jax.generate.completion import Completion, Piece
     from gemma_jax.generate.sampling import SamplingParams
     from gemma_jax.loading import load
@@ -28,13 +28,14 @@ _PUBLIC = {
     "SamplingParams": "generate.sampling",
     "Tokenizer": "text.tokenizer",
     "convert": "conversion",
+    "convert_lora": "conversion",
     "load": "loading",
     "verify": "conversion",
 }
 
 __all__ = [
     "ChatError", "Completion", "ConfigError", "Decoder", "DecoderConfig", "Gemma", "Piece", "SamplingParams",
-    "Tokenizer", "convert", "load", "verify",
+    "Tokenizer", "convert", "convert_lora", "load", "verify",
 ]  # fmt: skip
 
 

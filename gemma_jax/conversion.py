@@ -11,11 +11,14 @@ from tqdm import tqdm
 
 import gemma_checkpoints
 from gemma_checkpoints import CheckpointError, Reader, Writer, verification
+from gemma_checkpoints import lora as adapters
 from gemma_checkpoints.names import Assembly, Weights
 from gemma_checkpoints.verification import Verification
-from gemma_jax import export, loading
+from gemma_jax import configs, export, loading
 from gemma_jax.configs.config import ConfigError
+from gemma_jax.configs.gguf import architecture
 from gemma_jax.export import Precision
+from gemma_jax.nn.decoder import refuse_unbuilt
 from gemma_jax.text.vocabulary import TokenizerError
 
 # Files of a Hugging Face folder that go along to another one.
@@ -42,7 +45,7 @@ class Report:
     num_bytes: int  # of the tensors, as written
     left_out: tuple[str, ...]  # tensors of the source that the destination does not have
     is_verified: bool = False  # every tensor read back has the digest that was written
-    logit_difference: float | None = None  # largest, between source and destination, on a fixed prompt; if verified
+    logit_difference: float | None = None  # largest, on a fixed prompt; if verified, and the model can be run
 
 
 def convert(
@@ -54,6 +57,7 @@ def convert(
     quantize: str | None = None,
     text_only: bool = False,
     style: str | None = None,
+    lora: str | os.PathLike | None = None,
     verify: bool = False,
     progress: bool | None = None,
 ) -> Report:
@@ -67,6 +71,7 @@ def convert(
         quantize: "q8_0" or "q4_0" for GGUF; see `export.Precision`.
         text_only: leave out the towers of a multimodal model.
         style: of the prefixes of Hugging Face's names, one of `families.STYLES`. None: as the releases do it.
+        lora: an adapter that is merged into the weights; see `load`.
         verify: read every tensor back and compare its digest with what was written, then load both and compare their
             logits on a fixed prompt (which needs memory for one whole model).
         progress: show a bar on stderr. None: if it is a terminal.
@@ -77,7 +82,7 @@ def convert(
     path = loading.find(source)
     with gemma_checkpoints.open(path) as reader:
         config = loading.read_config(reader, path)
-        weights = Weights(reader, loading.table_of(reader, config))
+        weights = loading.open_weights(reader, config, lora)
         config = config.replace_all([("vision", None), ("audio", None)]) if text_only else config
         assembly = Assembly(export.table(to, config, style))
         precision = Precision(dtype or stored_dtype(reader), quantize)
@@ -85,12 +90,44 @@ def convert(
         files = {} if to == "gguf" else _tokenizer_files(path)
         target = export.writer(destination, config, assembly.table, precision, tokenizer, files)
         with target:
-            _stream(weights, assembly, target, progress)
+            _stream(weights, assembly, target, progress, jnp.dtype("float32" if lora else stored_dtype(reader)))
     kept = {entry.path for entry in assembly.table.entries}
-    left_out = tuple(weights.source_name(path) for path in weights.entries if path not in kept)
+    names = (weights.source_name(path) for path in weights.entries if path not in kept)
+    left_out = tuple(dict.fromkeys(name for name in names if name is not None))
     num_bytes = sum(layout.nbytes for layout in target.tensors.values())
     report = Report(str(source), str(destination), len(target.tensors), num_bytes, left_out)
-    return _verified(report, path, target, is_exact=_is_exact(reader, precision)) if verify else report
+    if not verify:
+        return report
+    report = _reread(report, target)
+    return _compared(report, (path, lora), target.destination, is_exact=_is_exact(reader, precision))
+
+
+def convert_lora(
+    source: str | os.PathLike, destination: str | os.PathLike, *, base: str | os.PathLike, to: str
+) -> Report:
+    """Writes a LoRA adapter by itself in another format.
+
+    Args:
+        source: a PEFT folder, a GGUF adapter or an Orbax one of ours.
+        destination: a new folder; for "gguf" a new file.
+        base: the model it is for: a published one's name or a checkpoint, of which only the config is read.
+        to: "huggingface" (PEFT), "gguf" (llama.cpp) or "orbax".
+
+    Raises: FileExistsError if the destination is there; CheckpointError for a damaged adapter or another model's;
+        ConfigError, ValueError.
+    """
+    name = str(base)
+    if name in configs.names():
+        config = configs.get(name).decoder
+    else:
+        path = loading.find(base)
+        with gemma_checkpoints.open(path) as reader:
+            config = loading.read_config(reader, path).decoder
+    about = {"general.architecture": architecture(config)} if to == "gguf" else {"name": name}
+    adapter = loading.read_lora(source, config)
+    writer = adapters.writer(destination, to, adapter, export.table(to, config), about)
+    num_bytes = sum(layout.nbytes for layout in writer.tensors.values())
+    return Report(str(source), str(destination), len(writer.tensors), num_bytes, ())
 
 
 def verify(source: str | os.PathLike) -> Verification:
@@ -101,7 +138,7 @@ def verify(source: str | os.PathLike) -> Verification:
     """
     path = loading.find(source)
     found = verification.verify(path)
-    if found.problems:
+    if found.problems or adapters.is_adapter(path):
         return found
     try:
         with gemma_checkpoints.open(path) as reader:
@@ -129,10 +166,12 @@ def _tokenizer_files(path: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
 
 
-def _stream(weights: Weights, assembly: Assembly, target: Writer, progress: bool | None) -> None:
+def _stream(
+    weights: Weights, assembly: Assembly, target: Writer, progress: bool | None, matrix_dtype: jnp.dtype
+) -> None:
+    """`matrix_dtype` holds the source's matrices without loss: bfloat16 takes half the memory."""
     wanted = {entry.path: entry for entry in assembly.table.entries}
     paths = [path for path in weights.paths() if path in wanted]
-    matrix_dtype = jnp.dtype(stored_dtype(weights.reader))  # half the memory where it holds them all without loss
     is_quiet = None if progress is None else not progress  # tqdm's None: only if stderr is a terminal
     for path in tqdm(paths, desc="tensors", unit="tensor", disable=is_quiet):
         is_matrix = len(weights.entries[path].source_shape) > 1
@@ -142,22 +181,36 @@ def _stream(weights: Weights, assembly: Assembly, target: Writer, progress: bool
             target.put(name, stored)
 
 
-def _verified(report: Report, source: Path, target: Writer, *, is_exact: bool) -> Report:
+def _reread(report: Report, target: Writer) -> Report:
+    """Raises CheckpointError unless every tensor read back has the digest that was written."""
     destination = target.destination
     with gemma_checkpoints.open(destination) as reader:
         wrong = [name for name, digest in target.digests.items() if reader.digest(name) != digest]
         if wrong or set(reader.tensors) != set(target.digests):
             names_wrong = ", ".join(wrong[:5]) or "other names"
             raise CheckpointError(f"{destination} does not hold what was written ({names_wrong}); remove it, try again")
-    difference = float(np.max(np.abs(_probe(source) - _probe(destination))))
+    return dataclasses.replace(report, is_verified=True)
+
+
+def _compared(
+    report: Report, source: tuple[Path, str | os.PathLike | None], destination: Path, *, is_exact: bool
+) -> Report:
+    """With the difference of logits; a model that cannot be run yet has none."""
+    with gemma_checkpoints.open(destination) as reader:
+        config = loading.read_config(reader, destination)
+    try:
+        refuse_unbuilt(config)
+    except ConfigError:
+        return report
+    difference = float(np.max(np.abs(_probe(*source) - _probe(destination))))
     if is_exact and not difference <= SAME:
         raise CheckpointError(
-            f"logits of {destination} differ from those of {source} by {difference:.3g}, more than {SAME}; remove it"
+            f"logits of {destination} differ from those of {source[0]} by {difference:.3g}, more than {SAME}; remove it"
         )
-    return dataclasses.replace(report, is_verified=True, logit_difference=difference)
+    return dataclasses.replace(report, logit_difference=difference)
 
 
-def _probe(path: Path) -> np.ndarray:
-    gemma = loading.load(path, dtype="float32", progress=False)
+def _probe(path: Path, lora: str | os.PathLike | None = None) -> np.ndarray:
+    gemma = loading.load(path, dtype="float32", lora=lora, progress=False)
     tokens = jnp.asarray([[token % gemma.config.vocab_size for token in PROBE]])
     return np.asarray(gemma.logits(tokens))

@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 import gemma_checkpoints
 from gemma_checkpoints import CheckpointError, Reader, families
+from gemma_checkpoints import lora as adapters
+from gemma_checkpoints.lora import Adapter, MergedWeights
 from gemma_checkpoints.names import Table, Weights
 from gemma_jax import configs, export, hub
 from gemma_jax.configs import overrides as config_overrides
@@ -45,6 +47,7 @@ def load(
     dtype: str = "auto",
     sharding: Placement | None = None,
     overrides: Mapping[str, Any] | Sequence[str] | None = None,
+    lora: str | os.PathLike | None = None,
     revision: str | None = None,
     token: str | None = None,
     progress: bool | None = None,
@@ -63,6 +66,7 @@ def load(
         sharding: where weights go; one sharding for all, or a function of a weight's dimensions (such as "D N H", see
             `nn.layers.weight`) and shape. None: JAX's default device.
         overrides: changes to the config in the file by dotted path, as {"attention.local.window": 256}.
+        lora: an adapter to merge into the weights: a PEFT folder, a GGUF adapter or an Orbax one of ours.
         revision, token: of a download; see `hub.download`.
         progress: show a bar on stderr. None: if it is a terminal.
 
@@ -86,7 +90,8 @@ def load(
                 f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, but vocab_size is {config.vocab_size}; is "
                 "it another model's?"
             )
-        return Gemma(config, read_weights(reader, config, wanted, sharding, progress), tokenizer)
+        source_weights = open_weights(reader, config, lora)
+        return Gemma(config, read_weights(source_weights, config, wanted, sharding, progress), tokenizer)
 
 
 def find(source: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -181,14 +186,26 @@ def table_of(reader: Reader, config: DecoderConfig) -> Table:
     return table if period is None else families.stacked(table, period)
 
 
+def open_weights(reader: Reader, config: DecoderConfig, lora: str | os.PathLike | None = None) -> Weights:
+    """The weights of an open checkpoint by our paths, with an adapter's changes if one is given."""
+    if lora is None:
+        return Weights(reader, table_of(reader, config))
+    return MergedWeights(reader, table_of(reader, config), read_lora(lora, config))
+
+
+def read_lora(path: str | os.PathLike, config: DecoderConfig) -> Adapter:
+    """An adapter for a model of this config; see `gemma_checkpoints.lora.read`."""
+    formats = ("huggingface", "gguf", "orbax")
+    return adapters.read(path, {format: export.table(format, config.decoder) for format in formats})
+
+
 def read_weights(
-    reader: Reader, config: DecoderConfig, dtype: str, sharding: Placement | None = None, progress: bool | None = False
+    source: Weights, config: DecoderConfig, dtype: str, sharding: Placement | None = None, progress: bool | None = False
 ) -> Decoder:
     """A `Decoder` with the weights of a checkpoint; see `load`."""
     layout = CPU_LAYOUT if jax.default_backend() == "cpu" else PLAIN_LAYOUT
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, layout=layout))
     places = weights(model)
-    source = Weights(reader, table_of(reader, config))
     members: dict[str, list[str]] = {}  # of each parameter: a fused one is made of several weights
     for path in source.paths():
         if path in places:

@@ -128,9 +128,9 @@ class Weights:
         """All paths, in the order in which they lie in the files; first those that they lack."""
         return sorted(self.entries, key=lambda path: (*self._where(path), self.entries[path].index))
 
-    def source_name(self, path: str) -> str:
-        """The full name of the file's tensor that a weight lies in."""
-        return self._names[self.entries[path].source]
+    def source_name(self, path: str) -> str | None:
+        """The full name of the file's tensor that a weight lies in; None for an optional one that is not there."""
+        return self._names.get(self.entries[path].source)
 
     def read(self, path: str, out: np.ndarray, region: Region | None = None) -> None:
         """Fills `out`, of any real dtype, with a weight or a region of it.
@@ -161,9 +161,10 @@ class Weights:
         self.reader.read(self._names[entry.source], out=view.reshape((1,) * len(entry.stack) + view.shape), start=start)
 
     def _where(self, path: str) -> tuple[str, int]:
-        if self.entries[path].source not in self._names:
+        name = self.source_name(path)
+        if name is None:
             return "", 0
-        info = self.reader.tensors[self.source_name(path)]
+        info = self.reader.tensors[name]
         return str(info.file), info.offset
 
 

@@ -24,6 +24,8 @@ class SafetensorsWriter(Writer):
     A tensor with one "/" in its name goes to a file in that folder: each module of an embedding model has its own.
     """
 
+    config_name, weights_name = "config.json", "model.safetensors"
+
     def __init__(
         self,
         destination: str | os.PathLike,
@@ -40,8 +42,8 @@ class SafetensorsWriter(Writer):
 
     def layout(self, folder: Path) -> tuple[dict[str, Slot], Path]:
         own = {name: layout for name, layout in self.tensors.items() if "/" not in name}
-        shards = _shards(own, self.shard_bytes)
-        files = {"config.json": _json(self.config), **self.files}
+        shards = _shards(own, self.shard_bytes, self.weights_name)
+        files = {self.config_name: _json(self.config), **self.files}
         if len(shards) > 1:
             files[INDEX] = _json(_index(shards, own))
         for name, data in files.items():
@@ -68,18 +70,18 @@ def _place(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _shards(tensors: Mapping[str, Layout], limit: int) -> dict[str, list[str]]:
+def _shards(tensors: Mapping[str, Layout], limit: int, name: str) -> dict[str, list[str]]:
     """Names of files and of the tensors in each, in order; no file is larger unless a single tensor is."""
     groups: list[list[str]] = [[]]
     size = 0
-    for name, layout in tensors.items():
+    for tensor, layout in tensors.items():
         if groups[-1] and size + layout.nbytes > limit:
             groups.append([])
             size = 0
-        groups[-1].append(name)
+        groups[-1].append(tensor)
         size += layout.nbytes
     if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
+        return {name: groups[0]}
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 

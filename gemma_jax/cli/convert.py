@@ -22,15 +22,25 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as the source stores its matrices")
     parser.add_argument("--quantize", choices=("q8_0", "q4_0"), help="for gguf")
     parser.add_argument("--text-only", action="store_true", help="leave out the towers of a multimodal model")
+    parser.add_argument("--lora", metavar="ADAPTER", help="merge a LoRA adapter into the weights")
+    parser.add_argument("--base", metavar="MODEL", help="SOURCE is a LoRA adapter for MODEL; it is converted alone")
     parser.add_argument("--style", choices=STYLES, help="of prefixes in huggingface names; default: as released")
     parser.add_argument("--verify", action="store_true", help="read all back and compare; then compare logits")
 
 
 def run(options: argparse.Namespace) -> None:
     """Converts and reports."""
-    from gemma_jax.conversion import convert
+    from gemma_jax.conversion import convert, convert_lora
 
-    names = ("to", "dtype", "quantize", "text_only", "style", "verify")
+    if options.base:
+        report = convert_lora(options.source, options.destination, base=options.base, to=options.to)
+        print(
+            json.dumps(dataclasses.asdict(report))
+            if options.json
+            else f"{report.destination}: {report.num_tensors} tensors"
+        )
+        return
+    names = ("to", "dtype", "quantize", "text_only", "style", "lora", "verify")
     report = convert(options.source, options.destination, **{name: getattr(options, name) for name in names})
     if options.json:
         print(json.dumps(dataclasses.asdict(report)))
@@ -39,4 +49,6 @@ def run(options: argparse.Namespace) -> None:
     if report.left_out:
         print(f"left out: {len(report.left_out)} tensors, such as {report.left_out[0]}")
     if report.is_verified:
-        print(f"verified: every digest; logits differ by at most {report.logit_difference:.3g}")
+        difference = report.logit_difference
+        logits = "" if difference is None else f"; logits differ by at most {difference:.3g}"
+        print(f"verified: every digest{logits}")

@@ -116,6 +116,13 @@ def _short(value: float) -> float:
     return float(f"{value:.7g}")
 
 
+def architecture(config: DecoderConfig) -> str:
+    """The general.architecture of a decoder, one of `ARCHITECTURES`."""
+    if config.altup is not None or config.per_layer_embedding is not None:
+        return gguf_3n.FAMILY
+    return ("gemma", "gemma2", "gemma3")[config.generation - 1] if config.attention.is_causal else "gemma-embedding"
+
+
 def to_gguf(config: DecoderConfig) -> dict[str, Any]:
     """The architecture's keys of a GGUF file, as llama.cpp reads them; the vocabulary's are not among them.
 
@@ -124,10 +131,7 @@ def to_gguf(config: DecoderConfig) -> dict[str, Any]:
     """
     attention = config.attention
     everywhere = attention.global_
-    family = ("gemma", "gemma2", "gemma3")[config.generation - 1]
-    family = family if attention.is_causal else "gemma-embedding"
-    is_3n = config.altup is not None or config.per_layer_embedding is not None
-    family = gguf_3n.FAMILY if is_3n else family
+    family = architecture(config)
     values: dict[str, Any] = {
         "context_length": config.context,
         "embedding_length": config.width,
@@ -152,7 +156,7 @@ def to_gguf(config: DecoderConfig) -> dict[str, Any]:
             values[key] = float(value)
     if not attention.is_causal:
         values |= {"attention.causal": False, "pooling_type": POOLING_MEAN}
-    if is_3n:
+    if family == gguf_3n.FAMILY:
         values |= gguf_3n.metadata(config)
     width = config.width
     for name, out in zip(DENSE, config.dense_widths, strict=False):
