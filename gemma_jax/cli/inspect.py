@@ -70,17 +70,16 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parameters(config: Any) -> dict[str, int]:
+    """How many there are, by part; towers included."""
+    import math
     from collections import Counter
 
-    from flax import nnx
-
-    from gemma_jax.nn.decoder import Decoder
-    from gemma_jax.nn.paths import parameters
+    from gemma_jax import export
 
     counts: Counter[str] = Counter()
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    for path, param in parameters(model).items():
-        parts = path.split("/")
-        part = parts[0] if not parts[0].startswith("layers_") else "norms" if "norm" in path else f"layers/{parts[1]}"
-        counts[part] += param.get_raw_value().size
+    for entry in export.table("orbax", config).entries:
+        first, *rest = entry.path.split("/")
+        is_layer = first.startswith("layers_")
+        part = first if not is_layer else "norms" if "norm" in entry.path else f"layers/{rest[0]}"
+        counts[part] += math.prod(entry.shape)
     return {**counts, "all": sum(counts.values())}

@@ -34,9 +34,12 @@ class Cache:
 
 
 def slot_counts(config: DecoderConfig, capacity: int) -> tuple[int, ...]:
-    """Slots of each layer's cache for `capacity` tokens of context."""
-    windows = (config.kind(spec).window for spec in config.layers)
-    return tuple(capacity if window is None else min(window, capacity) for window in windows)
+    """Slots of each layer's cache for `capacity` tokens of context; none where it reads another layer's."""
+    windows = (capacity if config.kind(spec).window is None else config.kind(spec).window for spec in config.layers)
+    return tuple(
+        0 if spec.kv_source is not None else min(window or 0, capacity)
+        for spec, window in zip(config.layers, windows, strict=True)
+    )
 
 
 def cache_bytes(config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtype | str = "bfloat16") -> int:

@@ -78,6 +78,15 @@ def test_inspect_reports_a_published_model_without_weights(run):
     assert report["cache_bytes"] == 2 * 2 * 256 * (22 * 512 + 4 * 2048)  # keys and values, bfloat16; 22 local layers
 
 
+def test_inspect_counts_the_towers_and_what_layers_share(run):
+    """gemma3.md 1.2 and gemma3n.md 1: E2B stores keys in 4 global layers and 16 rings of 512."""
+    report = json.loads(run("inspect", "gemma-3-4b", "--json", model=False)[1])
+    assert report["parameters"]["all"] == 4_300_079_472 - 64 * 2560
+    report = json.loads(run("inspect", "gemma-3n-e2b", "--json", model=False)[1])
+    assert report["parameters"]["audio"] == 681_348_640
+    assert report["cache_bytes"] == (256 + 16) * 2**20
+
+
 def test_inspect_lists_the_tensors_of_a_folder(run, model_folder):
     code, out, _ = run("inspect", str(model_folder), model=False)
     assert code == 0
