@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_checkpoints import GGUFWriter, Layout, SafetensorsWriter, Writer, encodings, families
+from gemma_checkpoints import GGUFFolderWriter, GGUFWriter, Layout, SafetensorsWriter, Writer, encodings, families
 from gemma_checkpoints.encodings import Encoding
 from gemma_checkpoints.families import DecoderSizes, NoPlaceError, SiglipSizes
 from gemma_checkpoints.gemma3n import Block, ConformerSizes, MobileNetSizes
@@ -14,7 +14,7 @@ from gemma_checkpoints.names import Entry, Table
 from gemma_checkpoints.rows import FORMATS
 from gemma_jax.configs import gemma3n
 from gemma_jax.configs.config import ConfigError, DecoderConfig, VisionConfig
-from gemma_jax.configs.gguf import to_gguf
+from gemma_jax.configs.gguf import to_gguf, tower_to_gguf
 from gemma_jax.configs.huggingface import to_huggingface
 from gemma_jax.configs.sentence_transformers import to_files
 from gemma_jax.configs.serialise import to_data
@@ -139,7 +139,7 @@ def writer(
         for entry in table.entries
     }
     if table.format == "gguf":
-        return GGUFWriter(destination, layouts, _gguf_metadata(config, precision, tokenizer))
+        return _gguf_writer(destination, layouts, config, precision, tokenizer)
     if not files and tokenizer is not None:
         files = {"tokenizer.model": serialise(tokenizer.vocabulary)}
     if table.format == "huggingface":
@@ -153,8 +153,26 @@ def writer(
 def _encoding(to: str, entry: Entry, precision: Precision) -> Encoding:
     if to == "gguf" and len(entry.source_shape) == 1:
         return encodings.F32
+    if to == "gguf" and entry.path.startswith(("vision/", "mm/")):  # llama.cpp convolves in float32
+        return DTYPES[precision.dtype] if entry.path.startswith("vision/layers_") else encodings.F32
     is_table = entry.path in ("embedder/embedding", "head/embedding")
     return encodings.Q8_0 if is_table and precision.quantize is not None else precision.encoding
+
+
+def _gguf_writer(
+    destination: str | os.PathLike,
+    layouts: Mapping[str, Layout],
+    config: DecoderConfig,
+    precision: Precision,
+    tokenizer: Tokenizer | None,
+) -> Writer:
+    metadata = _gguf_metadata(config, precision, tokenizer)
+    if config.vision is None:
+        return GGUFWriter(destination, layouts, metadata)
+    tower = {name: layout for name, layout in layouts.items() if name.startswith(("v.", "mm."))}
+    model = {name: layout for name, layout in layouts.items() if name not in tower}
+    tower_metadata = {**tower_to_gguf(config), "general.file_type": _FILE_TYPES[DTYPES[precision.dtype].name]}
+    return GGUFFolderWriter(destination, model, metadata, tower, tower_metadata)
 
 
 def _gguf_metadata(config: DecoderConfig, precision: Precision, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -81,9 +81,7 @@ def load(
     path = find(source, revision=revision, token=token)
     with gemma_checkpoints.open(path) as reader:
         config = config_overrides.apply(read_config(reader, path), overrides or {})
-        config = config.replace_all(
-            [("vision", None), ("audio", None), ("dense_widths", ())]
-        )  # what stands around a decoder: not yet
+        config = config.decoder
         tokenizer = read_tokenizer(reader, path)
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             raise CheckpointError(

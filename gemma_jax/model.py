@@ -129,9 +129,7 @@ class Gemma:
             ValueError for other names.
         """
         precision = Precision(dtype or self.model.final_norm.scale.dtype.name, quantize)
-        config = self.config.replace_all(
-            [("vision", None), ("audio", None), ("dense_widths", ())]
-        )  # a decoder is saved
+        config = self.config.decoder
         assembly = Assembly(export.table(format, config))
         with export.writer(destination, config, assembly.table, precision, self.tokenizer) as writer:
             for path, place in weights(self.model).items():

@@ -155,6 +155,67 @@ def test_multimodal_models_come_back_bit_for_bit_in_every_style(seeing, tmp_path
     assert conversion.verify(tmp_path / "between").problems == ()
 
 
+@pytest.fixture
+def seeing_as_gguf_can(seeing, tmp_path):
+    """With the window's pattern and query scale that llama.cpp supplies, and a tower of whole poolings; bfloat16."""
+    config = json.loads((seeing / "config.json").read_text())
+    config["text_config"]["query_pre_attn_scalar"] = config["text_config"]["head_dim"]
+    path = tmp_path / "plain"
+    path.mkdir()
+    save_file(tensors(seeing), path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+    gj.convert(path, tmp_path / "half", to="huggingface", dtype="bfloat16", style="C")
+    return tmp_path / "half"
+
+
+def test_multimodal_models_come_back_bit_for_bit_through_two_gguf_files(seeing_as_gguf_can, tmp_path):
+    gj.convert(seeing_as_gguf_can, tmp_path / "between", to="gguf", dtype="float32")
+    files = {path.name for path in (tmp_path / "between").iterdir()}
+    assert files == {"model.gguf", "mmproj.gguf", "gemma_jax.manifest.json"}
+    assert gj.verify(tmp_path / "between").problems == ()
+    report = gj.convert(tmp_path / "between", tmp_path / "back", to="huggingface", dtype="bfloat16", style="C")
+    assert report.left_out == ()
+    assert_same_tensors(tmp_path / "back", seeing_as_gguf_can)
+    for path in ("between", "between/model.gguf"):
+        text = gj.load(tmp_path / path)
+        tokens = [[2, 30, 17, 40, 5, 9]]
+        np.testing.assert_allclose(text.logits(tokens), gj.load(seeing_as_gguf_can).logits(tokens), atol=2e-5)
+
+
+def test_a_gguf_tower_is_quantised_never_and_stands_in_its_own_file(seeing_as_gguf_can, tmp_path):
+    with pytest.raises(CheckpointError, match="multiples of 32"):
+        gj.convert(seeing_as_gguf_can, tmp_path / "q", to="gguf", quantize="q8_0")  # rows of 48
+    gj.convert(seeing_as_gguf_can, tmp_path / "out", to="gguf")
+    with gemma_checkpoints.GGUFReader(tmp_path / "out" / "mmproj.gguf") as reader:
+        assert reader.metadata["general.architecture"] == "clip"
+        assert reader.metadata["clip.projector_type"] == "gemma3"
+        kinds = {name: info.dtype for name, info in reader.tensors.items()}
+    assert {name.split(".")[0] for name in kinds} == {"v", "mm"}
+    assert kinds["v.patch_embd.weight"] == kinds["mm.input_projection.weight"] == "F32"
+    assert kinds["v.blk.0.attn_q.weight"] == "BF16"
+
+
+def test_folders_with_other_gguf_files_are_refused(seeing_as_gguf_can, tmp_path):
+    gj.convert(seeing_as_gguf_can, tmp_path / "out", to="gguf")
+    shutil.copy(tmp_path / "out" / "model.gguf", tmp_path / "out" / "other.gguf")
+    with pytest.raises(CheckpointError, match="2 GGUF files of models and 1 of towers"):
+        gj.load(tmp_path / "out")
+    for name in ("model.gguf", "other.gguf"):
+        (tmp_path / "out" / name).unlink()
+    with pytest.raises(CheckpointError, match="0 GGUF files of models"):
+        gj.load(tmp_path / "out")
+
+
+@pytest.mark.parity
+def test_the_gguf_library_knows_every_name_of_the_tower(seeing_as_gguf_can, tmp_path):
+    gguf = pytest.importorskip("gguf", reason="the parity extra brings the oracle")
+    gj.convert(seeing_as_gguf_can, tmp_path / "out", to="gguf")
+    patterns = [gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[gguf.MODEL_ARCH.MMPROJ]]
+    known = {name.format(bid=layer) for name in patterns for layer in (0, 1)}
+    with gemma_checkpoints.GGUFReader(tmp_path / "out" / "mmproj.gguf") as reader:
+        assert {name.rsplit(".", 1)[0] for name in reader.tensors} <= known
+
+
 @pytest.fixture(scope="module")
 def embedding(tmp_path_factory):
     """A random EmbeddingGemma as sentence-transformers keeps it, under transformers' names without prefix."""
@@ -374,14 +435,15 @@ def test_quantised_weights_are_within_a_step_and_say_so(folder, tmp_path, quanti
     assert error.max() > 0.1 * step * largest.max()
 
 
-def test_a_vision_tower_is_never_dropped_silently(seeing, tmp_path):
-    with pytest.raises(ConfigError, match=r"gguf has no place for vision/.*text_only"):
-        gj.convert(seeing, tmp_path / "out.gguf", to="gguf")
-    assert not list(tmp_path.iterdir())
-    report = gj.convert(seeing, tmp_path / "out", to="huggingface", text_only=True)
-    source = tensors(seeing)
+def test_a_vision_tower_is_never_dropped_silently(seeing_as_gguf_can, tmp_path):
+    with pytest.raises(CheckpointError, match="two GGUF files, a model and its tower: name a folder"):
+        gj.convert(seeing_as_gguf_can, tmp_path / "out.gguf", to="gguf")
+    assert not (tmp_path / "out.gguf").exists()
+    report = gj.convert(seeing_as_gguf_can, tmp_path / "out", to="huggingface", text_only=True)
+    source = tensors(seeing_as_gguf_can)
     assert set(report.left_out) == {name for name in source if "vision" in name or "multi_modal" in name}
     assert len(tensors(tmp_path / "out")) == len(source) - len(report.left_out)
+    gj.convert(seeing_as_gguf_can, tmp_path / "out.gguf", to="gguf", text_only=True)
 
 
 def test_verification_finds_a_flipped_bit(folder, tmp_path, monkeypatch):

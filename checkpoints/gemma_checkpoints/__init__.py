@@ -3,21 +3,21 @@
 import os
 from pathlib import Path
 
-from gemma_checkpoints.gguf import GGUFReader
-from gemma_checkpoints.gguf_writer import GGUFWriter
+from gemma_checkpoints.gguf import GGUFFolderReader, GGUFReader
+from gemma_checkpoints.gguf_writer import GGUFFolderWriter, GGUFWriter
 from gemma_checkpoints.reader import CheckpointError, Reader, TensorInfo
 from gemma_checkpoints.safetensors import SafetensorsReader
 from gemma_checkpoints.safetensors_writer import SafetensorsWriter
 from gemma_checkpoints.writer import Layout, Writer
 
 __all__ = [
-    "CheckpointError", "GGUFReader", "GGUFWriter", "Layout", "Reader", "SafetensorsReader", "SafetensorsWriter",
-    "TensorInfo", "Writer", "open",
+    "CheckpointError", "GGUFFolderReader", "GGUFFolderWriter", "GGUFReader", "GGUFWriter", "Layout", "Reader",
+    "SafetensorsReader", "SafetensorsWriter", "TensorInfo", "Writer", "open",
 ]  # fmt: skip
 
 
 def open(path: str | os.PathLike) -> Reader:
-    """The reader for an Orbax checkpoint, a folder with *.safetensors, a .safetensors file or a .gguf file.
+    """The reader for an Orbax checkpoint, a folder with *.safetensors or *.gguf, a .safetensors or .gguf file.
 
     Raises: FileNotFoundError; CheckpointError for anything else or a damaged file.
     """
@@ -28,6 +28,8 @@ def open(path: str | os.PathLike) -> Reader:
         from gemma_checkpoints.orbax import OrbaxReader  # TensorStore takes time to import; most files need none
 
         return OrbaxReader(path)
+    if path.is_dir() and next(path.glob("*.gguf"), None) and not next(path.glob("*.safetensors"), None):
+        return GGUFFolderReader(path)
     if path.is_dir() or path.suffix == ".safetensors":
         return SafetensorsReader(path)
     return GGUFReader(path)

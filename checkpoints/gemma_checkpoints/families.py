@@ -56,7 +56,7 @@ _NO_POST_NORMS = (norm("pre_ffw_norm", "D", "post_attention_layernorm", "pre_ffw
 _KEYS = {"q": "query", "k": "key", "v": "value"}
 _TOWER_LAYER = (
     *(
-        Row(f"ln{n}/{ours}", "C", At(f"layer_norm{n}.{theirs}"), At(f"LayerNorm_{n - 1}/{ours}"))
+        Row(f"ln{n}/{ours}", "C", At(f"layer_norm{n}.{theirs}"), At(f"LayerNorm_{n - 1}/{ours}"), At(f"ln{n}.{theirs}"))
         for n in (1, 2)
         for ours, theirs in (("scale", "weight"), ("bias", "bias"))
     ),
@@ -65,37 +65,43 @@ _TOWER_LAYER = (
         for name, theirs in _KEYS.items()
         for row in (
             Row(f"attn/{name}/kernel", "C N H", At(f"self_attn.{name}_proj.weight", "(N H) C"),
-                At(f"MultiHeadDotProductAttention_0/{theirs}/kernel")),
+                At(f"MultiHeadDotProductAttention_0/{theirs}/kernel"), At(f"attn_{name}.weight", "(N H) C")),
             Row(f"attn/{name}/bias", "N H", At(f"self_attn.{name}_proj.bias", "(N H)"),
-                At(f"MultiHeadDotProductAttention_0/{theirs}/bias")),
+                At(f"MultiHeadDotProductAttention_0/{theirs}/bias"), At(f"attn_{name}.bias", "(N H)")),
         )
     ),
     Row("attn/o/kernel", "N H C", At("self_attn.out_proj.weight", "C (N H)"),
-        At("MultiHeadDotProductAttention_0/out/kernel")),
-    Row("attn/o/bias", "C", At("self_attn.out_proj.bias"), At("MultiHeadDotProductAttention_0/out/bias")),
-    Row("mlp/fc1/kernel", "C E", At("mlp.fc1.weight", "E C"), At("MlpBlock_0/Dense_0/kernel")),
-    Row("mlp/fc1/bias", "E", At("mlp.fc1.bias"), At("MlpBlock_0/Dense_0/bias")),
-    Row("mlp/fc2/kernel", "E C", At("mlp.fc2.weight", "C E"), At("MlpBlock_0/Dense_1/kernel")),
-    Row("mlp/fc2/bias", "C", At("mlp.fc2.bias"), At("MlpBlock_0/Dense_1/bias")),
+        At("MultiHeadDotProductAttention_0/out/kernel"), At("attn_out.weight", "C (N H)")),
+    Row("attn/o/bias", "C", At("self_attn.out_proj.bias"), At("MultiHeadDotProductAttention_0/out/bias"),
+        At("attn_out.bias")),
+    Row("mlp/fc1/kernel", "C E", At("mlp.fc1.weight", "E C"), At("MlpBlock_0/Dense_0/kernel"),
+        At("ffn_up.weight", "E C")),
+    Row("mlp/fc1/bias", "E", At("mlp.fc1.bias"), At("MlpBlock_0/Dense_0/bias"), At("ffn_up.bias")),
+    Row("mlp/fc2/kernel", "E C", At("mlp.fc2.weight", "C E"), At("MlpBlock_0/Dense_1/kernel"),
+        At("ffn_down.weight", "C E")),
+    Row("mlp/fc2/bias", "C", At("mlp.fc2.bias"), At("MlpBlock_0/Dense_1/bias"), At("ffn_down.bias")),
 )  # fmt: skip
 _SIGLIP = "vision_encoder/siglip_encoder"
 _TOWER = (
     Row("vision/patch/kernel", "P P 3 C", At("vision_tower.embeddings.patch_embedding.weight", "C 3 P P'"),
-        At(f"{_SIGLIP}/embedding/kernel")),
-    Row("vision/patch/bias", "C", At("vision_tower.embeddings.patch_embedding.bias"), At(f"{_SIGLIP}/embedding/bias")),
+        At(f"{_SIGLIP}/embedding/kernel"), At("v.patch_embd.weight", "C 3 P P'")),
+    Row("vision/patch/bias", "C", At("vision_tower.embeddings.patch_embedding.bias"), At(f"{_SIGLIP}/embedding/bias"),
+        At("v.patch_embd.bias")),
     Row("vision/pos_embedding", "patches C", At("vision_tower.embeddings.position_embedding.weight"),
-        At(f"{_SIGLIP}/pos_embedding", "1 patches C")),
+        At(f"{_SIGLIP}/pos_embedding", "1 patches C"), At("v.position_embd.weight")),
     Row("vision/final_ln/scale", "C", At("vision_tower.post_layernorm.weight"),
-        At(f"{_SIGLIP}/Transformer/encoder_norm/scale")),
+        At(f"{_SIGLIP}/Transformer/encoder_norm/scale"), At("v.post_ln.weight")),
     Row("vision/final_ln/bias", "C", At("vision_tower.post_layernorm.bias"),
-        At(f"{_SIGLIP}/Transformer/encoder_norm/bias")),
+        At(f"{_SIGLIP}/Transformer/encoder_norm/bias"), At("v.post_ln.bias")),
     Row("mm/soft_norm/scale", "C", At("multi_modal_projector.mm_soft_emb_norm.weight"),
-        At("embedder/mm_soft_embedding_norm/scale")),
+        At("embedder/mm_soft_embedding_norm/scale"), At("mm.soft_emb_norm.weight")),
     Row("mm/proj/kernel", "C D", At("multi_modal_projector.mm_input_projection_weight"),
-        At("embedder/mm_input_projection/w")),
+        At("embedder/mm_input_projection/w"), At("mm.input_projection.weight")),
 )  # fmt: skip
 
-_VISION_NAMES = r"(vision_tower|multi_modal_projector|embed_vision)\..*|(vision|vision_encoder|mm)/.*|embedder/mm_.*"
+_VISION_NAMES = (
+    r"(vision_tower|multi_modal_projector|embed_vision|v|mm)\..*|(vision|vision_encoder|mm)/.*|embedder/mm_.*"
+)
 _AUDIO_NAMES = r"(audio_tower|embed_audio)\..*|(audio|audio_mm)/.*"
 # Tensors that may be in a file and are not read, and why; names without prefixes.
 _COMPUTED = (
@@ -260,6 +266,7 @@ def _tower_rows(tower: SiglipSizes, width: int) -> Iterator[Placed]:
         names = {
             "huggingface": f"vision_tower.encoder.layers.{j}.",
             "deepmind": f"{_SIGLIP}/Transformer/encoderblock_{j}/",
+            "gguf": f"v.blk.{j}.",
         }
         for row in _TOWER_LAYER:
             yield Placed(row, letters, f"vision/layers_{j}/", names)

@@ -21,6 +21,7 @@ DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
 HEADER_PIECE = 1 << 20  # bytes read ahead
 
+TOWER = "clip"  # general.architecture of a tower's file
 STRING, ARRAY = 8, 9
 NUMBERS = {
     0: "<u1",
@@ -53,6 +54,35 @@ class GGUFReader(Reader):
             metadata = header.metadata()
             tensors = header.tensors(num_tensors, _alignment(path, metadata))
         super().__init__(path, metadata, tensors)
+
+
+class GGUFFolderReader(Reader):
+    """A folder with the GGUF files of one model: its decoder, and its tower if there is one (llama.cpp's mmproj).
+
+    `metadata` is the decoder's, with the keys of the tower ("clip.*") added.
+    Raises CheckpointError for other numbers of files, and as `GGUFReader`.
+    """
+
+    format = "gguf"
+
+    def __init__(self, path: str | os.PathLike):
+        files = [GGUFReader(file) for file in sorted(Path(path).glob("*.gguf"))]
+        towers = [file for file in files if file.metadata.get("general.architecture") == TOWER]
+        models = [file for file in files if file not in towers]
+        if len(models) != 1 or len(towers) > 1:
+            raise CheckpointError(
+                f"{path} has {len(models)} GGUF files of models and {len(towers)} of towers; wanted one of a model, "
+                "and at most one of its tower: give the path of the file"
+            )
+        metadata, tensors = dict(models[0].metadata), dict(models[0].tensors)
+        for tower in towers:
+            metadata |= {key: value for key, value in tower.metadata.items() if key.startswith(f"{TOWER}.")}
+            if twice := sorted(set(tensors) & set(tower.tensors)):
+                raise CheckpointError(
+                    f"tensor {twice[0]!r} is in {models[0].path.name} and in {tower.path.name} of {path}"
+                )
+            tensors |= tower.tensors
+        super().__init__(Path(path), metadata, tensors)
 
 
 def _alignment(path: Path, metadata: dict[str, Any]) -> int:

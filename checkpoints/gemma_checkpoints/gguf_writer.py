@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_checkpoints import manifest
 from gemma_checkpoints.encodings import GGML
 from gemma_checkpoints.gguf import ARRAY, DEFAULT_ALIGNMENT, MAGIC, MAX_DIMENSIONS, NUMBERS, STRING
 from gemma_checkpoints.reader import CheckpointError
@@ -23,37 +24,35 @@ _UINT32, _INT32, _FLOAT32, _BOOL, _UINT64, _INT64 = 4, 5, 6, 7, 10, 11
 DIGESTS = "gemma_jax.sha256"  # metadata key: of each tensor by offset, and last of the header with NO_DIGEST there
 SEAL = "gemma_jax.seal"  # a second key that says that there are digests: a flipped bit can hide one key, not both
 NO_DIGEST = b"0" * 64
+MODEL_FILE, TOWER_FILE = "model.gguf", "mmproj.gguf"
 
 
-class GGUFWriter(Writer):
-    """A .gguf file that is being written. `metadata`: booleans, whole numbers, floats (stored as float32), texts, lists
-    of texts, and numpy arrays, which keep their dtype. Digests of all bytes are added to it.
-    """
+class _File:
+    """One GGUF file: its header, and where its tensors go. Digests of all bytes are part of the metadata."""
 
-    def __init__(self, destination: str | os.PathLike, tensors: Mapping[str, Layout], metadata: Mapping[str, Any]):
-        super().__init__(destination, tensors)
+    def __init__(self, tensors: Mapping[str, Layout], metadata: Mapping[str, Any]):
         own = ("general.alignment", DIGESTS, SEAL)
-        self.metadata = {key: value for key, value in metadata.items() if key not in own}
-        for name, layout in self.tensors.items():
+        self.tensors, self.metadata = tensors, {key: value for key, value in metadata.items() if key not in own}
+        for name, layout in tensors.items():
             if not 1 <= len(layout.shape) <= MAX_DIMENSIONS or 0 in layout.shape:
                 raise CheckpointError(
                     f"tensor {name!r} has shape {list(layout.shape)}; GGUF stores 1 to {MAX_DIMENSIONS} dimensions"
                 )
 
-    def layout(self, folder: Path) -> tuple[dict[str, Slot], Path]:
-        path = folder / self.destination.name
+    def begin(self, path: Path) -> dict[str, Slot]:
+        """Writes all but the data and the digests."""
         header = self._header([NO_DIGEST.decode()] * (len(self.tensors) + 1))
         offsets, offset = self._offsets()
         with path.open("wb") as file:
             file.write(header)
             file.truncate(len(header) + offset)
-        return {name: Slot(self.tensors[name], path, len(header) + offsets[name]) for name in self.tensors}, path
+        return {name: Slot(self.tensors[name], path, len(header) + offsets[name]) for name in self.tensors}
 
-    def _finish(self) -> None:
-        """The header once more, now with the digests."""
-        digests = [self.digests[name] for name in self.tensors]
+    def finish(self, path: Path, digest_of: Mapping[str, str]) -> None:
+        """Writes the header once more, now with the digests."""
+        digests = [digest_of[name] for name in self.tensors]
         own = hashlib.sha256(self._header([*digests, NO_DIGEST.decode()])).hexdigest()
-        with self._whole.open("r+b") as file:
+        with path.open("r+b") as file:
             file.write(self._header([*digests, own]))
             file.flush()
             os.fsync(file.fileno())
@@ -78,6 +77,54 @@ class GGUFWriter(Writer):
             offsets[name] = offset
             offset = aligned(offset + layout.nbytes)
         return offsets, offset
+
+
+class GGUFWriter(Writer):
+    """A .gguf file that is being written. `metadata`: booleans, whole numbers, floats (stored as float32), texts, lists
+    of texts, and numpy arrays, which keep their dtype.
+    """
+
+    def __init__(self, destination: str | os.PathLike, tensors: Mapping[str, Layout], metadata: Mapping[str, Any]):
+        super().__init__(destination, tensors)
+        self._contents = _File(self.tensors, metadata)
+
+    def layout(self, folder: Path) -> tuple[dict[str, Slot], Path]:
+        path = folder / self.destination.name
+        return self._contents.begin(path), path
+
+    def _finish(self) -> None:
+        self._contents.finish(self._whole, self.digests)
+
+
+class GGUFFolderWriter(Writer):
+    """A folder with two GGUF files, as llama.cpp takes a model that sees: model.gguf, and mmproj.gguf with the tower.
+
+    `tower` and its metadata are the second file's.
+    """
+
+    def __init__(
+        self,
+        destination: str | os.PathLike,
+        tensors: Mapping[str, Layout],
+        metadata: Mapping[str, Any],
+        tower: Mapping[str, Layout],
+        tower_metadata: Mapping[str, Any],
+    ):
+        super().__init__(destination, {**tensors, **tower})
+        if Path(destination).suffix == ".gguf":
+            raise CheckpointError(
+                f"{destination} is to hold two GGUF files, of the model and of its tower: give a folder"
+            )
+        self._files = {MODEL_FILE: _File(tensors, metadata), TOWER_FILE: _File(tower, tower_metadata)}
+
+    def layout(self, folder: Path) -> tuple[dict[str, Slot], Path]:
+        slots = [file.begin(folder / name) for name, file in self._files.items()]
+        return {name: slot for each in slots for name, slot in each.items()}, folder
+
+    def _finish(self) -> None:
+        for name, file in self._files.items():
+            file.finish(self._whole / name, self.digests)
+        manifest.make(self._whole, {}).write(self._whole)
 
 
 def aligned(offset: int) -> int:

@@ -1,6 +1,8 @@
 """A decoder's config from the metadata of a GGUF file, and back."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +17,14 @@ from gemma_jax.configs.config import (
     DecoderConfig,
     LayerSpec,
     NormConfig,
+    VisionConfig,
     check_same,
 )
 from gemma_jax.configs.gemma3 import PADDED_VOCAB_SIZE, PERIOD, VOCAB_SIZE
 from gemma_jax.configs.gemma3n import NUM_SPARE_ROWS
 
 ARCHITECTURES = ("gemma3", "gemma2", "gemma", "gemma-embedding", gguf_3n.FAMILY)
+PROJECTOR, POOLING = "gemma3", 4  # of vision towers; patches pooled to a soft token, a side, where files do not say
 POOLING_MEAN = 1  # llama.h, enum llama_pooling_type
 DENSE = ("dense_2_feat_out", "dense_3_feat_out")  # of EmbeddingGemma
 LOCAL_THETA = 10_000.0  # not in the files
@@ -83,9 +87,61 @@ def from_gguf(metadata: Mapping[str, Any], name: str = "gguf") -> DecoderConfig:
         period=turn,
         norm=NormConfig(epsilon=_short(real("attention.layer_norm_rms_epsilon")), has_post_norms=family != "gemma"),
         final_softcap=real("final_logit_softcapping", 30.0 if family == "gemma2" else None),
+        vision=_vision(metadata),
         dense_widths=tuple(key(name) for name in DENSE if f"{family}.{name}" in metadata),
     )
     return gguf_3n.extended(config, key) if family == gguf_3n.FAMILY else config
+
+
+_VISION = {  # ours: theirs
+    "num_layers": "block_count",
+    "width": "embedding_length",
+    "num_heads": "attention.head_count",
+    "ffw_width": "feed_forward_length",
+    "patch_size": "patch_size",
+    "image_size": "image_size",
+}
+
+
+def _vision(metadata: Mapping[str, Any]) -> VisionConfig | None:
+    """The tower that a second file describes (llama.cpp's mmproj); see `gemma_checkpoints.GGUFFolderReader`."""
+    if "clip.projector_type" not in metadata:
+        return None
+    if metadata["clip.projector_type"] != PROJECTOR:
+        raise ConfigError(f"clip.projector_type is {metadata['clip.projector_type']!r}; can be read: {PROJECTOR}")
+    values: dict[str, Any] = {ours: metadata.get(f"clip.vision.{theirs}") for ours, theirs in _VISION.items()}
+    wrong = [f"{_VISION[key]} is {value!r}" for key, value in values.items() if type(value) is not int or value < 1]
+    if wrong or values["num_layers"] > MAX_LAYERS:
+        raise ConfigError(f"of the tower {', '.join(wrong) or 'block_count is too large'}; wanted whole numbers")
+    scale = metadata.get("clip.vision.projector.scale_factor", POOLING)
+    if type(scale) is not int or scale < 1:
+        raise ConfigError(f"clip.vision.projector.scale_factor is {scale!r}; wanted a positive whole number")
+    side = values["image_size"] // values["patch_size"] // scale
+    return VisionConfig(**values, num_soft_tokens=side * side)
+
+
+def tower_to_gguf(config: DecoderConfig) -> dict[str, Any]:
+    """The keys of the second file, of a Gemma 3's vision tower; to be written beside `to_gguf`'s."""
+    vision = config.vision
+    assert isinstance(vision, VisionConfig)
+    keys: dict[str, Any] = {f"clip.vision.{theirs}": getattr(vision, ours) for ours, theirs in _VISION.items()}
+    side = vision.image_size // vision.patch_size
+    keys |= {
+        "general.architecture": "clip",
+        "general.type": "mmproj",
+        "general.name": config.name,
+        "clip.has_vision_encoder": True,
+        "clip.projector_type": PROJECTOR,
+        "clip.use_gelu": True,
+        "clip.vision.attention.layer_norm_epsilon": 1e-6,
+        "clip.vision.image_mean": np.full(3, 0.5, np.float32),
+        "clip.vision.image_std": np.full(3, 0.5, np.float32),
+        "clip.vision.projection_dim": config.width,
+        "clip.vision.projector.scale_factor": side // math.isqrt(vision.num_soft_tokens),
+    }
+    if _vision(keys) != vision:
+        raise ConfigError(f"the tower of config {config.name!r} would be read as {_vision(keys)}")
+    return keys
 
 
 def _vocab_size(metadata: Mapping[str, Any], family: str) -> int:
@@ -164,5 +220,6 @@ def to_gguf(config: DecoderConfig) -> dict[str, Any]:
         width = out
     keys = {"general.architecture": family, "general.name": config.name}
     keys |= {f"{family}.{key}": value for key, value in values.items()}
-    check_same(config, from_gguf({**keys, f"{family}.vocab_size": config.vocab_size}, config.name), "a GGUF file")
+    described = from_gguf({**keys, f"{family}.vocab_size": config.vocab_size}, config.name)
+    check_same(dataclasses.replace(config, vision=None), described, "a GGUF file")
     return keys
