@@ -92,6 +92,50 @@ def llama_cpp(model: str, prompts: list[list[int]]) -> tuple[list[np.ndarray], l
     return firsts, answers
 
 
+def llama_cpp_tower(model: str, prompts: list[list[int]]) -> tuple[list[np.ndarray], list[list[int]]]:
+    """In llama.cpp's environment: does it take the tower beside the model? It runs it once while it starts."""
+    import llama_cpp as library
+    from llama_cpp import mtmd_cpp
+
+    library.llama_backend_init()
+    folder = Path(model)
+    weights = library.llama_model_load_from_file(
+        str(folder / "model.gguf").encode(), library.llama_model_default_params()
+    )
+    params = mtmd_cpp.mtmd_context_params_default()
+    params.use_gpu = False
+    context = mtmd_cpp.mtmd_init_from_file(str(folder / "mmproj.gguf").encode(), weights, params)
+    if not context or not mtmd_cpp.mtmd_support_vision(context):
+        raise RuntimeError(f"llama.cpp cannot load the tower of {model}")
+    return [np.zeros(1)], [[1]]
+
+
+def export_with_tower(folder: Path) -> None:
+    """The real 270M beside a small random vision tower of its width, as two GGUF files."""
+    import gemma_checkpoints
+    from gemma_checkpoints.names import Assembly, Weights
+    from gemma_jax import configs, export, loading
+    from gemma_jax.configs.config import VisionConfig
+
+    tower = VisionConfig(
+        num_layers=2, width=96, num_heads=4, ffw_width=160, patch_size=14, image_size=896, num_soft_tokens=256
+    )
+    config = configs.get(MODEL).replace("vision", tower)
+    assembly, path = Assembly(export.table("gguf", config)), loading.find(MODEL)
+    random = np.random.default_rng(0)
+    with gemma_checkpoints.open(path) as reader:
+        source = Weights(reader, loading.table_of(reader, config.decoder))
+        tokenizer = loading.read_tokenizer(reader, path)
+        precision = export.Precision("float32")
+        with export.writer(folder, config, assembly.table, precision, tokenizer) as writer:
+            for entry in assembly.table.entries:
+                values = 0.02 * random.standard_normal(entry.shape, np.float32)
+                if entry.path in source.entries:
+                    source.read(entry.path, values)
+                for name, stored in assembly.add(entry.path, values):
+                    writer.put(name, stored)
+
+
 def compare(name: str, folder: Path, ours: Any, prompts: list[list[int]]) -> dict[str, Any]:
     """One library on our export of the model."""
     import gemma_jax as gj
@@ -120,6 +164,18 @@ def compare(name: str, folder: Path, ours: Any, prompts: list[list[int]]) -> dic
     return row
 
 
+RUNS = {"deepmind": deepmind, "llama_cpp": llama_cpp, "llama_cpp_tower": llama_cpp_tower}
+
+
+def tower_loads(folder: Path) -> bool:
+    """Whether llama.cpp takes our two files of a model that sees."""
+    export_with_tower(folder / "tower")
+    (entry,) = chosen("llama_cpp_f32")
+    task = json.dumps({"model": str(folder / "tower"), "prompts": [], "output": str(folder / "tower.npz")})
+    command = [str(python_of(entry)), "-m", "benchmarks.check_exports", "--run", "llama_cpp_tower", "--task", task]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+
+
 def main() -> int:
     command = argparse.ArgumentParser(prog="python -m benchmarks.check_exports", description=ABOUT)
     command.add_argument("--output", type=Path, default=DEFAULT_WORK / "results", help="folder for the JSON")
@@ -129,7 +185,7 @@ def main() -> int:
     arguments = command.parse_args()
     if arguments.run:
         task = json.loads(arguments.task)
-        logits, tokens = {"deepmind": deepmind, "llama_cpp": llama_cpp}[arguments.run](task["model"], task["prompts"])
+        logits, tokens = RUNS[arguments.run](task["model"], task["prompts"])
         np.savez(task["output"], logits=np.stack(logits), tokens=np.array(tokens))
         return 0
     import gemma_jax as gj
@@ -145,6 +201,7 @@ def main() -> int:
     DEFAULT_WORK.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=DEFAULT_WORK, prefix="exports-") as folder:
         results = {name: compare(name, Path(folder), ours, prompts) for name in arguments.peers.split(",")}
+        is_tower_taken = "llama_cpp_f32" not in results or tower_loads(Path(folder))
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "exports.json").write_text(json.dumps(results, indent=1) + "\n")
     for name, row in results.items():
@@ -152,7 +209,8 @@ def main() -> int:
         print(f"  greedy: {row['same_tokens']} of {row['tokens']} tokens, {row['same_texts']} of {row['texts']} texts")
         if "equals_its_own_file" in row:
             print(f"  bit for bit as with a file of its own: {row['equals_its_own_file']}")
-    good = all(
+    print(f"llama.cpp takes a model and its tower: {is_tower_taken}")
+    good = is_tower_taken and all(
         row["logit_difference"] <= row["bound"] and row.get("equals_its_own_file", True) for row in results.values()
     )
     return 0 if good else 1

@@ -112,9 +112,7 @@ class GGUFFolderWriter(Writer):
     ):
         super().__init__(destination, {**tensors, **tower})
         if Path(destination).suffix == ".gguf":
-            raise CheckpointError(
-                f"{destination} is to hold two GGUF files, of the model and of its tower: give a folder"
-            )
+            raise CheckpointError(f"{destination} is to hold two GGUF files, a model and its tower: name a folder")
         self._files = {MODEL_FILE: _File(tensors, metadata), TOWER_FILE: _File(tower, tower_metadata)}
 
     def layout(self, folder: Path) -> tuple[dict[str, Slot], Path]:
