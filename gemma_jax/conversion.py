@@ -138,10 +138,12 @@ def verify(source: str | os.PathLike) -> Verification:
     """
     path = loading.find(source)
     found = verification.verify(path)
-    if found.problems or adapters.is_adapter(path):
+    if found.problems:
         return found
     try:
         with gemma_checkpoints.open(path) as reader:
+            if adapters.is_adapter(reader):
+                return found
             Weights(reader, loading.table_of(reader, loading.read_config(reader, path)))
             loading.read_tokenizer(reader, path)
     except (CheckpointError, ConfigError, TokenizerError) as error:

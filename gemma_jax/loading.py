@@ -152,6 +152,8 @@ def read_config(reader: Reader, path: Path) -> DecoderConfig:
             return _recognised(reader, path)
         what = {"gguf": "metadata", "orbax": "gemma_jax.json"}.get(reader.format, "config.json, or an empty one")
         raise CheckpointError(f"{path} has no {what}; it says how the weights are to be used")
+    if adapters.is_adapter(reader):
+        raise CheckpointError(f"{path} is a LoRA adapter; load its model, and give the adapter as lora (--lora)")
     parse = {"gguf": from_gguf, "huggingface": from_huggingface}.get(reader.format, from_data)
     try:
         return parse(reader.metadata, name=name)

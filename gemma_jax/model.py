@@ -134,6 +134,10 @@ class Gemma:
         with export.writer(destination, config, assembly.table, precision, self.tokenizer) as writer:
             for path, place in weights(self.model).items():
                 value = place.param.get_raw_value()
+                if format != "orbax" and not value.is_fully_addressable:
+                    raise ValueError(
+                        f"the weights lie on several processes; only 'orbax' is written so, not {format!r}"
+                    )
                 whole = np.asarray(value) if value.is_fully_addressable else value
                 for name, values in assembly.add(path, place.view(whole)):
                     writer.put(name, values)

@@ -142,6 +142,8 @@ def test_a_gguf_adapter_is_as_llama_cpp_reads_it(model_folder, tmp_path):
         np.testing.assert_array_equal(reader.read("blk.0.attn_q.weight.lora_a"), a)
         np.testing.assert_array_equal(reader.read("blk.0.attn_q.weight.lora_b"), b)
         np.testing.assert_array_equal(reader.read("blk.2.attn_k.weight.lora_b"), 2 * pairs[module(2, "k_proj")][1])
+    with pytest.raises(CheckpointError, match="is a LoRA adapter; load its model"):
+        gj.load(tmp_path / "a.gguf")
     logits = [gj.load(model_folder, lora=tmp_path / name).logits(TOKENS) for name in ("adapter", "a.gguf")]
     np.testing.assert_allclose(*logits, atol=2e-5)
 

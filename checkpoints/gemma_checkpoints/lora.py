@@ -73,14 +73,15 @@ class MergedWeights(Weights):
         out[...] = values + self.adapter[path].region(region)
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether a checkpoint is an adapter and not a model."""
-    if path.is_dir() and any((path / name).exists() for name in _PEFT_FILES):
-        return True
-    if path.is_dir() and (path / "config.json").exists():
-        return False
-    with gemma_checkpoints.open(path) as reader:
-        return reader.metadata.get("general.type") == "adapter" or KEY in reader.metadata
+def is_adapter(reader: Reader) -> bool:
+    """Whether an open checkpoint is an adapter and not a model."""
+    kind = reader.metadata.get("general.type")
+    return kind == "adapter" or KEY in reader.metadata or is_peft(reader.path)
+
+
+def is_peft(path: Path) -> bool:
+    """Whether a folder is an adapter of PEFT's."""
+    return path.is_dir() and any((path / name).exists() for name in _PEFT_FILES)
 
 
 def read(path: str | os.PathLike, tables: Mapping[str, Table]) -> dict[str, Change]:
@@ -95,7 +96,7 @@ def read(path: str | os.PathLike, tables: Mapping[str, Table]) -> dict[str, Chan
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give the folder or file of an adapter")
     kernels = _kernels(tables["huggingface"])
-    if path.is_dir() and any((path / name).exists() for name in _PEFT_FILES):
+    if is_peft(path):
         return _read_peft(path, tables["huggingface"], kernels)
     with gemma_checkpoints.open(path) as reader:
         if reader.metadata.get("general.type") == "adapter":

@@ -70,8 +70,8 @@ def damages(folder: Path, manifest: Manifest) -> list[str]:
         path = found.pop(name, None)
         if path is None:
             problems.append(f"{name} is missing")
-        elif path.is_symlink():
-            problems.append(f"{name} is a link; it was a file")
+        elif not path.is_file():
+            problems.append(f"{name} is no file")
         elif path.stat().st_size != size:
             problems.append(f"{name} has {path.stat().st_size} bytes; it had {size}")
         elif _file_digest(path)[1] != digest:

@@ -183,7 +183,7 @@ def _is_plain(name: str) -> bool:
 def _open_all(folder: Path, tree: tuple[list[tuple[str, ...]], dict[str, Any]]) -> dict[str, Any]:
     """A TensorStore for each array, by its path with "/"."""
     paths, options = tree
-    base = f"file://{folder.resolve().as_posix()}/"
+    base = {"driver": "file", "path": f"{folder.resolve().as_posix()}/"}
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
     specs = {}
     for names in paths:

@@ -34,6 +34,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MODEL,
         help=f"a checkpoint (folder or .gguf file), a hub's owner/name, or {DEFAULT_MODEL} (default; demo extra)",
     )
+    parser.add_argument("--lora", metavar="ADAPTER", help="merge a LoRA adapter into the weights")
     parser.add_argument("--revision", help="of a repository of the hub: a branch, tag or commit")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--no-compilation-cache", action="store_true", help="compile every program anew")
@@ -79,4 +80,5 @@ def load(options: argparse.Namespace) -> "Gemma":
 
     if not options.no_compilation_cache:
         enable_compilation_cache()
-    return load(options.model, dtype=options.dtype, overrides=options.overrides, revision=options.revision)
+    given = {name: getattr(options, name) for name in ("dtype", "overrides", "lora", "revision")}
+    return load(options.model, **given)

@@ -202,6 +202,23 @@ def test_a_tree_that_is_damaged_or_points_outside_is_refused(tmp_path):
             gemma_checkpoints.open(tmp_path / "theirs")
 
 
+@pytest.mark.parametrize("name", ["with space", "per%20cent#and?", "ümlaut-東京", "a.b'c\"d"])
+def test_any_name_of_a_folder_works(tmp_path, monkeypatch, name):
+    write(tmp_path / name, monkeypatch)
+    assert_same(read_all(tmp_path / name))
+    assert verify(tmp_path / name).problems == ()
+
+
+def test_a_folder_of_links_as_download_caches_have_is_whole(saved, tmp_path):
+    copy = tmp_path / "links"
+    for path in saved.rglob("*"):
+        if path.is_file():
+            (copy / path.relative_to(saved)).parent.mkdir(parents=True, exist_ok=True)
+            (copy / path.relative_to(saved)).symlink_to(path)
+    assert verify(copy).problems == ()
+    assert_same(read_all(copy))
+
+
 def test_bad_requests_leave_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="Orbax has no Q8_0"):
         OrbaxWriter(tmp_path / "x", {"a": Layout((4, 32), Q8_0)}, {})
