@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import gemma_checkpoints
 import gemma_jax as gj
 from gemma_checkpoints import CheckpointError
 from gemma_jax.configs.config import ConfigError
@@ -152,3 +153,19 @@ def test_a_gguf_of_another_architecture_and_a_text_named_gguf_are_refused(tmp_pa
 def test_what_is_not_there_is_refused_with_what_to_do(source, error, words):
     with pytest.raises(error, match=words):
         gj.load(source)
+
+
+def test_a_folder_is_what_lies_in_it_and_not_what_lies_deeper(model_folder, tmp_path):
+    """Training may keep its Orbax checkpoints in a Hugging Face folder."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    gj.convert(model_folder, folder / "checkpoint-7", to="orbax")
+    with gemma_checkpoints.open(folder) as reader:
+        assert reader.format == "huggingface"
+    with gemma_checkpoints.open(folder / "checkpoint-7") as reader:
+        assert reader.format == "orbax"
+    outer = tmp_path / "download"  # a tokenizer beside the checkpoint's folder
+    outer.mkdir()
+    (folder / "checkpoint-7").rename(outer / "gemma")
+    with gemma_checkpoints.open(outer) as reader:
+        assert reader.format == "orbax"

@@ -24,12 +24,16 @@ def open(path: str | os.PathLike) -> Reader:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    if path.is_dir() and any(next(path.glob(name), None) for name in ("_METADATA", "*/_METADATA")):
+    if not path.is_dir():
+        return SafetensorsReader(path) if path.suffix == ".safetensors" else GGUFReader(path)
+    if (path / "_METADATA").exists() or (not _has(path, "*.safetensors") and _has(path, "*/_METADATA")):
         from gemma_checkpoints.orbax import OrbaxReader  # TensorStore takes time to import; most files need none
 
         return OrbaxReader(path)
-    if path.is_dir() and next(path.glob("*.gguf"), None) and not next(path.glob("*.safetensors"), None):
+    if _has(path, "*.gguf") and not _has(path, "*.safetensors"):
         return GGUFFolderReader(path)
-    if path.is_dir() or path.suffix == ".safetensors":
-        return SafetensorsReader(path)
-    return GGUFReader(path)
+    return SafetensorsReader(path)
+
+
+def _has(folder: Path, pattern: str) -> bool:
+    return next(folder.glob(pattern), None) is not None

@@ -104,7 +104,7 @@ class OrbaxWriter(Writer):
 
     @property
     def _save(self) -> Path:
-        return self._folder / "save"
+        return self._folder.absolute() / "save"
 
     def _finish(self) -> None:
         self._flush()

@@ -191,6 +191,17 @@ def test_inspect_and_verify_know_every_format(run, model_folder, tmp_path, forma
     assert json.loads(out)["problems"] == ["more is foreign: it was not written with the checkpoint"]
 
 
+@pytest.mark.parametrize("format", ["orbax", "huggingface", "deepmind"])
+def test_paths_may_be_relative_and_end_in_a_slash(run, model_folder, tmp_path, monkeypatch, format):
+    monkeypatch.chdir(tmp_path)
+    assert run("convert", str(model_folder), "out/", "--to", format, "--verify", model=False)[0] == 0
+    assert run("verify", "out/", model=False)[0] == 0
+    assert run("convert", "out", "again", "--to", "huggingface", model=False)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out"]
+    code, _, err = run("convert", "out", "no/such/place", "--to", format, model=False)
+    assert (code, "is no folder; make it first" in err) == (1, True)
+
+
 def test_verify_says_that_others_files_have_no_digests(run, model_folder, tmp_path):
     code, out, _ = run("verify", str(model_folder), model=False)
     assert code == 0
