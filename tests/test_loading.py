@@ -164,8 +164,8 @@ def test_a_folder_is_what_lies_in_it_and_not_what_lies_deeper(model_folder, tmp_
         assert reader.format == "huggingface"
     with gemma_checkpoints.open(folder / "checkpoint-7") as reader:
         assert reader.format == "orbax"
-    outer = tmp_path / "download"  # a tokenizer beside the checkpoint's folder
+    outer = tmp_path / "download"  # as Kaggle has DeepMind's: a tokenizer beside the checkpoint's folder
     outer.mkdir()
-    (folder / "checkpoint-7").rename(outer / "gemma")
+    gj.convert(model_folder, outer / "gemma", to="deepmind")
     with gemma_checkpoints.open(outer) as reader:
-        assert reader.format == "orbax"
+        assert reader.format == "deepmind"
