@@ -158,6 +158,8 @@ def test_a_gguf_adapter_is_as_llama_cpp_reads_it(model_folder, tmp_path):
         ({"peft_type": "IA3"}, "does not describe LoRA"),
         ({"lora_alpha": "big"}, "lora_alpha of .* is 'big'"),
         ({"alpha_pattern": [3]}, "alpha_pattern is"),
+        ({"alpha_pattern": {"(a+)+$": 3}}, "only names of modules are read"),
+        ({"alpha_pattern": {"[": 3}}, "only names of modules are read"),
     ],
 )
 def test_other_kinds_of_adapters_are_refused_by_name(model_folder, tmp_path, change, problem):

@@ -274,8 +274,7 @@ def _tower_rows(tower: SiglipSizes, width: int) -> Iterator[Placed]:
 
 def huggingface_name(name: str) -> str:
     """A tensor's name without the prefixes that differ between releases (specification of weight names, section 3)."""
-    while name.startswith("model."):
-        name = name.removeprefix("model.")
+    name = re.sub(r"^(?:model\.)+", "", name)
     name = re.sub(r"^language_model\.(model\.|(?=lm_head))", lambda m: "language_model." if m[1] else "", name)
     name = re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
     return name.removeprefix("language_model.")

@@ -29,6 +29,7 @@ PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_FILES = (PEFT_CONFIG, PEFT_WEIGHTS, "adapter_model.bin")
 KEY = "lora"  # in gemma_jax.json: the scale of each change
 _PEFT_NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
+_PLAIN = re.compile(r"[\w.]+")
 _SIDES = {"peft": ("A", "B"), "gguf": ("lora_a", "lora_b"), "orbax": ("lora_a", "lora_b")}
 
 
@@ -148,7 +149,13 @@ def _config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
         raise CheckpointError(f"{path} does not describe LoRA; other methods of PEFT are not read")
-    for key, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None), ("fan_in_fan_out", False)):
+    for key, plain in (
+        ("use_dora", False),
+        ("bias", "none"),
+        ("modules_to_save", None),
+        ("fan_in_fan_out", False),
+        ("layer_replication", None),
+    ):
         if config.get(key, plain) not in (plain, [], None):
             raise CheckpointError(f"{path}: {key} is {config[key]!r}; only plain LoRA is read ({key} {plain!r})")
     for key in ("rank_pattern", "alpha_pattern"):
@@ -160,8 +167,10 @@ def _config(path: Path) -> dict[str, Any]:
 def _scale(config: Mapping[str, Any], module: str) -> Any:
     """alpha / r (arXiv:2106.09685), or alpha / sqrt(r) (arXiv:2312.03732), as a function of the rank r."""
     alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config["alpha_pattern"] or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+    for name, value in (config["alpha_pattern"] or {}).items():
+        if not _PLAIN.fullmatch(name):  # PEFT takes regular expressions, which a file could make run for ever
+            raise CheckpointError(f"alpha_pattern has {name!r}; only names of modules are read, whole or their ends")
+        if module == name or module.endswith(f".{name}"):
             alpha = value
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise CheckpointError(f"lora_alpha of {module} is {alpha!r}; wanted a number")

@@ -23,7 +23,7 @@ from gemma_checkpoints.reader import CheckpointError, Reader, TensorInfo
 TREE = "_METADATA"
 ITEMS = ("state", "default", "params", "pytree")  # subfolders in which a checkpoint may keep its tree
 CONFIG = "gemma_jax.json"  # ours, beside the tree: the model's config
-MAX_TREE_BYTES = 100_000_000
+MAX_TREE_BYTES, MAX_TENSORS = 100_000_000, 20_000  # each is opened
 MAX_PIECE_BYTES = 4 << 30  # of one stored chunk, which is read whole
 ENCODINGS: dict[str, Encoding] = {
     "float64": encodings.F64,
@@ -161,6 +161,8 @@ def _tree(path: Path) -> tuple[list[tuple[str, ...]], dict[str, Any]]:
     entries = options.pop("tree_metadata", None)
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path} has no tree_metadata; is it an Orbax checkpoint of a tree of arrays?")
+    if len(entries) > MAX_TENSORS:
+        raise CheckpointError(f"{path} lists {len(entries)} arrays; wanted at most {MAX_TENSORS}")
     paths = []
     for key, entry in entries.items():
         try:

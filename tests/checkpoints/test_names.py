@@ -170,6 +170,7 @@ def test_gguf_stores_one_plus_the_scale_under_its_own_names():
     ],
 )
 def test_prefixes_of_all_releases_are_one_name(name, want):
+    assert huggingface_name("model." * 200_000 + name) == want  # at once, however often
     assert huggingface_name(name) == want
 
 
