@@ -19,7 +19,8 @@ from gemma_jax.generate.completion import Completion, Piece, answers, complete, 
 from gemma_jax.generate.engine import Session, check_ids
 from gemma_jax.generate.sampling import SamplingParams
 from gemma_jax.generate.scoring import Score
-from gemma_jax.nn.decoder import Decoder
+from gemma_jax.media import vision
+from gemma_jax.nn.decoder import Decoder, Inserted
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.paths import weights
 from gemma_jax.text.chat import encode_chat
@@ -32,13 +33,18 @@ Prompt = str | Sequence[int]
 
 
 @jax.jit
-def _logits(model: Decoder, tokens: jax.Array, where: Places) -> jax.Array:
-    return model(tokens, where)
+def _logits(model: Decoder, tokens: jax.Array, where: Places, inserted: Inserted | None) -> jax.Array:
+    return model(tokens, where, inserted)
 
 
 @jax.jit
-def _hidden_states(model: Decoder, tokens: jax.Array, where: Places) -> jax.Array:
-    return model.hidden_states(tokens, where)
+def _hidden_states(model: Decoder, tokens: jax.Array, where: Places, inserted: Inserted | None) -> jax.Array:
+    return model.hidden_states(tokens, where, inserted)
+
+
+@jax.jit
+def _see(model: Decoder, pixels: jax.Array) -> jax.Array:
+    return model.see(pixels)
 
 
 class Gemma:
@@ -90,19 +96,38 @@ class Gemma:
         """`chat` as a stream of pieces."""
         return self.stream(*self._chat_prompt(messages, sampling), **self._chat_sampling(sampling))
 
-    def logits(self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
+    def logits(
+        self,
+        tokens: Int[Array, "B T"],
+        images: Float[Array, "N height width 3"] | None = None,
+        *,
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
         """Unnormalised log-probabilities of the next token after every token, float32.
 
-        `mask` is False at padding, left or right; what stands at padding has no meaning. B*T*V*4 bytes are needed.
-        T may pass the context here and in `hidden_states`, for research into what a model does there.
+        Args:
+            tokens: ids; each image is `config.vision.num_soft_tokens` times `config.vision.soft_token` in a row.
+            images: in the order in which they stand in the rows, row after row; between -1 and 1, in the tower's size.
+            mask: False at padding, left or right; what stands at padding has no meaning.
+
+        B*T*V*4 bytes are needed. T may pass the context here and in `hidden_states`, for research into what a model
+        does there. Raises ValueError for ids outside the vocabulary, and images that are not those of the tokens.
         """
-        return _logits(self.model, *self._batch(tokens, mask))
+        return _logits(self.model, *self._batch(tokens, images, mask))
 
     def hidden_states(
-        self, tokens: Int[Array, "B T"], *, mask: Bool[Array, "B T"] | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        images: Float[Array, "N height width 3"] | None = None,
+        *,
+        mask: Bool[Array, "B T"] | None = None,
     ) -> Float[Array, "L+1 B T D"]:
         """The stream before the first layer and after each; the last after the final norm (Hugging Face's order)."""
-        return _hidden_states(self.model, *self._batch(tokens, mask))
+        return _hidden_states(self.model, *self._batch(tokens, images, mask))
+
+    def see(self, images: Float[Array, "N height width 3"]) -> Float[Array, "N M D"]:
+        """The soft tokens of images, as the decoder gets them. Raises ValueError for another size or no tower."""
+        return _see(self.model, jnp.asarray(vision.check_pixels(images, self.config)))
 
     def score(self, prompt: Prompt) -> Score:
         """Log-probability of each token of a text (or list of ids) given those before, mean nll and perplexity."""
@@ -129,7 +154,7 @@ class Gemma:
             ValueError for other names.
         """
         precision = Precision(dtype or self.model.final_norm.scale.dtype.name, quantize)
-        config = self.config.decoder
+        config = self.config.runnable
         assembly = Assembly(export.table(format, config))
         with export.writer(destination, config, assembly.table, precision, self.tokenizer) as writer:
             for path, place in weights(self.model).items():
@@ -149,16 +174,26 @@ class Gemma:
             return self.tokenizer.eos_id, self.tokenizer.end_of_turn_id
         return tuple(i for i in STOP_IDS if i < self.config.vocab_size)
 
-    def _batch(self, tokens: Any, mask: Any) -> tuple[jax.Array, Places]:
+    def _batch(self, tokens: Any, images: Any, mask: Any) -> tuple[jax.Array, Places, Inserted | None]:
         array = np.asarray(tokens)
         if array.ndim != 2 or not array.size:
             raise ValueError(f"tokens has shape {array.shape}; wanted [B, T] with at least one token")
-        check_ids(array, self.config.vocab_size, "tokens")  # pyright: ignore
+        index = vision.soft_index(array, 0 if images is None else len(images), self.config)
+        ids = np.where(index >= 0, 0, array)
+        check_ids(ids, self.config.vocab_size, "tokens")  # pyright: ignore
         if mask is None:
-            return jnp.asarray(array, jnp.int32), Places.plain(*array.shape)
-        if np.shape(mask) != array.shape:
+            where = Places.plain(*array.shape)
+        elif np.shape(mask) != array.shape:
             raise ValueError(f"mask has shape {np.shape(mask)}, but tokens has {array.shape}; wanted the same")
-        return jnp.asarray(array, jnp.int32), Places.of(jnp.asarray(mask, bool))
+        else:
+            where = Places.of(jnp.asarray(mask, bool))
+        if images is None:
+            return jnp.asarray(ids, jnp.int32), where, None
+        vectors = self.see(images)
+        blocks = jnp.asarray(np.where(index >= 0, index // vectors.shape[1] + 1, 0))
+        where = dataclasses.replace(where, blocks=blocks)
+        inserted = Inserted(vectors.reshape(-1, vectors.shape[-1]), jnp.asarray(index))
+        return jnp.asarray(ids, jnp.int32), where, inserted
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):

@@ -160,6 +160,8 @@ def seeing_as_gguf_can(seeing, tmp_path):
     """With the window's pattern and query scale that llama.cpp supplies, and a tower of whole poolings; bfloat16."""
     config = json.loads((seeing / "config.json").read_text())
     config["text_config"]["query_pre_attn_scalar"] = config["text_config"]["head_dim"]
+    for key in ("image_token_index", "boi_token_index", "eoi_token_index"):
+        del config[key]  # GGUF does not say them
     path = tmp_path / "plain"
     path.mkdir()
     save_file(tensors(seeing), path / "model.safetensors")

@@ -111,6 +111,7 @@ _COMPUTED = (
 _TIED_HEAD = (r"lm_head\.weight", "the head is the embedding table")
 _DENSE = (r"\d_Dense/linear\.weight|dense_\d(\.weight|/kernel)", "the decoder is read")
 _UNUSED = (
+    (r"vision_tower\.head\..*", "Gemma 3 takes every patch's vector, not SigLIP's pooled one"),
     (r"embedder/mm_(output_embedding|input_embedding_extra).*", "no Gemma 3 uses it"),
     (r"(opt_state|collections)/.*|step", "the state of a training run"),
 )

@@ -95,6 +95,9 @@ class VisionConfig:
     patch_size: int
     image_size: int
     num_soft_tokens: int
+    soft_token: int = 262_144  # stands where an image's vectors go; it has no row in the table
+    begin_token: int = 255_999
+    end_token: int = 256_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +134,12 @@ class DecoderConfig:
     def decoder(self) -> "DecoderConfig":
         """The same without what stands around a decoder: towers, and the layers after EmbeddingGemma's pooling."""
         return self.replace_all([("vision", None), ("audio", None), ("dense_widths", ())])
+
+    @property
+    def runnable(self) -> "DecoderConfig":
+        """The same without what is only converted and not run yet."""
+        config = self.replace_all([("audio", None), ("dense_widths", ())])
+        return config if isinstance(config.vision, VisionConfig) else config.replace("vision", None)
 
     @property
     def generation(self) -> int:

@@ -133,12 +133,21 @@ _VISION = {  # ours: (theirs, the default of transformers' SiglipVisionConfig)
 }
 
 
+_IMAGE_TOKENS = (  # ours, theirs (with _index or _id behind), default
+    ("soft_token", "image_token", 262_144),
+    ("begin_token", "boi_token", 255_999),
+    ("end_token", "eoi_token", 256_000),
+)
+
+
 def _vision(data: Mapping[str, Any]) -> VisionConfig | None:
     values = _object(data, "vision_config")
     if not values:
         return None
     found = {ours: values.get(theirs, default) for ours, (theirs, default) in _VISION.items()}
     found["num_soft_tokens"] = data.get("mm_tokens_per_image", 256)
+    for name, theirs, default in _IMAGE_TOKENS:
+        found[name] = data.get(f"{theirs}_index", data.get(f"{theirs}_id", default))
     wrong = [f"{key} is {value!r}" for key, value in found.items() if type(value) is not int or value < 1]
     if wrong:
         raise ConfigError(f"of the vision tower {', '.join(wrong)}; wanted positive whole numbers")
@@ -310,8 +319,6 @@ def _multimodal(text: dict[str, Any], vision: VisionConfig, dtype: str) -> dict[
         "text_config": {key: value for key, value in text.items() if key != "architectures"},
         "vision_config": tower,
         "mm_tokens_per_image": vision.num_soft_tokens,
-        "boi_token_index": 255_999,
-        "eoi_token_index": 256_000,
-        "image_token_index": 262_144,
+        **{f"{theirs}_index": getattr(vision, ours) for ours, theirs, _ in _IMAGE_TOKENS},
         **{key: text[key] for key in outer},
     }

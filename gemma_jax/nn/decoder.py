@@ -1,15 +1,18 @@
 """The decoder of Gemma 1, 2 and 3: one implementation, all sizes. Start reading at `Decoder.__call__`."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from gemma_jax.configs.config import ConfigError, DecoderConfig, LayerSpec
+from gemma_jax.configs.config import ConfigError, DecoderConfig, LayerSpec, VisionConfig
 from gemma_jax.nn.attention import Attention
 from gemma_jax.nn.cache import Cache, LayerCache, advance
 from gemma_jax.nn.layers import PLAIN_LAYOUT, GatedMLP, Layout, RMSNorm, Table, softcap
 from gemma_jax.nn.masks import Places
+from gemma_jax.nn.vision.siglip import Projector, Siglip
 
 
 class Layer(nnx.Module):
@@ -41,6 +44,20 @@ class Layer(nnx.Module):
         return x + (self.post_ffw_norm(mixed) if self.has_post_norms else mixed), cache
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Inserted:
+    """Vectors that stand in the stream in place of tokens' own: what an encoder made of images."""
+
+    vectors: jax.Array  # [S, D]
+    index: jax.Array  # int32 [B, T]; which of the vectors, -1 for a token's own row
+
+    def into(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The stream with the vectors in their places; they are not scaled as rows are."""
+        chosen = jnp.take(self.vectors, jnp.maximum(self.index, 0), axis=0)
+        return jnp.where((self.index >= 0)[..., None], chosen.astype(x.dtype), x)
+
+
 @jax.jit
 def _apply(
     layer: Layer, x: jax.Array, where: Places, cache: LayerCache | None, lengths: jax.Array | None
@@ -65,11 +82,19 @@ class Stem(nnx.Module):
         if not config.has_tied_head:
             self.head = Table(config, layout.table_dims, rngs=rngs, dtype=dtype)
         self.final_norm = RMSNorm("D", config.width, config.norm, dtype)
+        if isinstance(config.vision, VisionConfig):
+            self.vision = Siglip(config.vision, rngs=rngs, dtype=dtype)
+            self.mm = Projector(config.vision, config.width, config.norm, rngs=rngs, dtype=dtype)
 
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def see(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B M D"]:
+        """The soft tokens of images; pixels between -1 and 1, in the size that the config's tower wants."""
+        return self.mm(self.vision(pixels))
+
+    def embed(self, tokens: Int[Array, "B T"], inserted: Inserted | None = None) -> Float[Array, "B T D"]:
         """Rows of the table times sqrt(D), that factor rounded to the table's dtype first (1152: 34.0 in bfloat16)."""
         x = self.embedder.rows(tokens)
-        return x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.has_embedding_scale else x
+        x = x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.has_embedding_scale else x
+        return x if inserted is None else inserted.into(x)
 
     def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Unnormalised log-probabilities in float32 of hidden vectors that have passed the final norm."""
@@ -95,24 +120,35 @@ class Decoder(Stem):
         dtype = jnp.dtype(dtype)
         self.layers = nnx.List([Layer(config, spec, rngs=rngs, dtype=dtype, layout=layout) for spec in config.layers])
 
-    def __call__(self, tokens: Int[Array, "B T"], where: Places | None = None) -> Float[Array, "B T V"]:
+    def __call__(
+        self, tokens: Int[Array, "B T"], where: Places | None = None, inserted: Inserted | None = None
+    ) -> Float[Array, "B T V"]:
         """Logits of every position, float32. `where` defaults to rows without padding."""
-        return self.logits(self.hidden(tokens, where or Places.plain(*tokens.shape))[0])
+        return self.logits(self.hidden(tokens, where or Places.plain(*tokens.shape), inserted=inserted)[0])
 
     def hidden(
-        self, tokens: Int[Array, "B T"], where: Places, cache: Cache | None = None, *, is_cache_empty: bool = False
+        self,
+        tokens: Int[Array, "B T"],
+        where: Places,
+        cache: Cache | None = None,
+        *,
+        inserted: Inserted | None = None,
+        is_cache_empty: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The last hidden vectors, after the final norm, and the cache with the real tokens at hand added.
 
         With a cache, `where.positions` must go on from `cache.lengths`, real tokens first in each row.
+        `inserted` takes the place of tokens; of an image all of it, and `where.blocks` says so.
         `is_cache_empty` promises that these are 0: the first chunk of a prompt then need not look at empty slots.
         """
-        states, cache = self._run(self.embed(tokens), where, cache, is_cache_empty)
+        states, cache = self._run(self.embed(tokens, inserted), where, cache, is_cache_empty)
         return self.final_norm(states[-1]), cache
 
-    def hidden_states(self, tokens: Int[Array, "B T"], where: Places) -> Float[Array, "L+1 B T D"]:
+    def hidden_states(
+        self, tokens: Int[Array, "B T"], where: Places, inserted: Inserted | None = None
+    ) -> Float[Array, "L+1 B T D"]:
         """The stream before the first layer and after each, the last after the final norm (Hugging Face's order)."""
-        states, _ = self._run(self.embed(tokens), where, None)
+        states, _ = self._run(self.embed(tokens, inserted), where, None)
         return jnp.stack([*states[:-1], self.final_norm(states[-1])])
 
     def _run(
@@ -136,6 +172,8 @@ def refuse_unbuilt(config: DecoderConfig) -> None:
         "per_layer_embedding": config.per_layer_embedding is not None,
         "attention.has_v_norm": config.attention.has_v_norm,
         "layers.*.kv_source": any(spec.kv_source is not None for spec in config.layers),
+        "audio": config.audio is not None,
+        "vision": config.vision is not None and not isinstance(config.vision, VisionConfig),
         "layers.*.activation_sparsity": any(spec.activation_sparsity for spec in config.layers),
     }
     found = [name for name, is_set in unbuilt.items() if is_set]

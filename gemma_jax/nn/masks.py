@@ -14,6 +14,7 @@ class Places:
 
     positions: jax.Array  # int32 [B, T]; -1 marks padding or an empty slot
     segments: jax.Array | None = None  # int32 [B, T]; None: one document a row
+    blocks: jax.Array | None = None  # int32 [B, T]; from 1 on the image that a token is a part of, 0 for text
 
     @staticmethod
     def of(mask: Bool[Array, "B T"]) -> "Places":
@@ -29,13 +30,18 @@ class Places:
 def visible(query: Places, key: Places, window: int | None, is_causal: bool = True) -> Bool[Array, "B T S"]:
     """True where a query may look: at real keys of its document, not ahead, and fewer than `window` tokens back.
 
-    Exactly `window` keys are seen, the query itself included. Without causality (EmbeddingGemma) a window is
+    Exactly `window` keys are seen, the query itself included. The tokens of an image see each other, also ahead; keys
+    without `blocks` (those of a cache) are of no image at hand. Without causality (EmbeddingGemma) a window is
     symmetric: window // 2 tokens to each side and the query. Source: Gemma 3 report, sec. 2; gemma3.md, 3.6.
     """
     distance = query.positions[:, :, None] - key.positions[:, None, :]
     seen = jnp.broadcast_to(key.positions[:, None, :] >= 0, distance.shape)
     if is_causal:
-        seen &= distance >= 0
+        ahead = distance < 0
+        if query.blocks is not None and key.blocks is not None:
+            same = query.blocks[:, :, None] == key.blocks[:, None, :]
+            ahead &= ~(same & (query.blocks > 0)[:, :, None])
+        seen &= ~ahead
         seen = seen if window is None else seen & (distance < window)
     elif window is not None:
         seen &= jnp.abs(distance) <= window // 2

@@ -114,6 +114,8 @@ def unstack(scanned: ScannedDecoder) -> Decoder:
 
 def _with_stem(to: AnyStem, source: Stem) -> AnyStem:
     to.embedder, to.final_norm = source.embedder, source.final_norm
+    if source.config.vision is not None:
+        to.vision, to.mm = source.vision, source.mm
     if not source.config.has_tied_head:
         to.head = source.head
     return to
