@@ -16,7 +16,7 @@ from gemma_jax.configs.config import DecoderConfig
 from gemma_jax.export import Precision
 from gemma_jax.generate import scoring
 from gemma_jax.generate.completion import Completion, Piece, answers, complete, pieces
-from gemma_jax.generate.engine import Session, check_ids
+from gemma_jax.generate.engine import Images, Session, check_ids
 from gemma_jax.generate.sampling import SamplingParams
 from gemma_jax.generate.scoring import Score
 from gemma_jax.media import vision
@@ -57,12 +57,18 @@ class Gemma:
         self.config, self.model, self.tokenizer = config, model, tokenizer
 
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], *, seed: int | Sequence[int] | None = None, **sampling: Any
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        images: Float[Array, "N height width 3"] | None = None,
+        seed: int | Sequence[int] | None = None,
+        **sampling: Any,
     ) -> Any:
         """Continues a prompt, or each of several.
 
         Args:
             prompt: a text, a list of ids, or a list of these (of any lengths).
+            images: as for `logits`; their places are in prompts of ids.
             seed: makes sampling repeatable. A row's draws depend on its seed and prompt alone, not on its batch, so
                 equal prompts with one seed give equal answers; give a list of seeds, one a prompt, for different ones.
             **sampling: fields of `SamplingParams`: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p,
@@ -72,15 +78,22 @@ class Gemma:
         Raises: ValueError for bad values, empty or too long prompts, ids outside the vocabulary.
         """
         is_single = _is_single(prompt)
-        session = self._session([prompt] if is_single else list(prompt), seed, sampling)  # pyright: ignore
+        session = self._session([prompt] if is_single else list(prompt), seed, sampling, images)  # pyright: ignore
         done = complete(session, self.tokenizer, self.stop_ids)
         return done[0] if is_single else done
 
-    def stream(self, prompt: Prompt, *, seed: int | None = None, **sampling: Any) -> Iterator[Piece]:
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        images: Float[Array, "N height width 3"] | None = None,
+        seed: int | None = None,
+        **sampling: Any,
+    ) -> Iterator[Piece]:
         """Continues one prompt; yields pieces of whole characters as they come, the last with a finish_reason."""
         if not _is_single(prompt):
             raise ValueError("stream continues one prompt; use generate for a batch")
-        session = self._session([prompt], seed, sampling)
+        session = self._session([prompt], seed, sampling, images)
         return (piece for (piece,) in pieces(session, answers(session, self.tokenizer, self.stop_ids)))
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **sampling: Any) -> Completion:
@@ -178,7 +191,7 @@ class Gemma:
         array = np.asarray(tokens)
         if array.ndim != 2 or not array.size:
             raise ValueError(f"tokens has shape {array.shape}; wanted [B, T] with at least one token")
-        index = vision.soft_index(array, 0 if images is None else len(images), self.config)
+        index = np.asarray(vision.soft_indices(array, 0 if images is None else len(images), self.config))
         ids = np.where(index >= 0, 0, array)
         check_ids(ids, self.config.vocab_size, "tokens")  # pyright: ignore
         if mask is None:
@@ -204,7 +217,9 @@ class Gemma:
             raise ValueError("the prompt is empty; give some text, or token ids such as [2] for BOS alone")
         return self.tokenizer.encode(prompt, bos=True)
 
-    def _session(self, prompts: Sequence[Prompt], seed: Any, sampling: Mapping[str, Any]) -> Session:
+    def _session(
+        self, prompts: Sequence[Prompt], seed: Any, sampling: Mapping[str, Any], images: Any = None
+    ) -> Session:
         stop = sampling.get("stop")
         stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
         params = sampling_params(**{**sampling, "stop": stops})
@@ -216,7 +231,12 @@ class Gemma:
                 f"{len(seeds)} seeds were given for {len(prompts)} prompts; give one each, or a single one"
             )
         rows = [dataclasses.replace(params, seed=one) for one in seeds]
-        return Session(self.model, [self._ids(prompt) for prompt in prompts], rows, self.stop_ids)
+        ids, inserted = [self._ids(prompt) for prompt in prompts], None
+        if images is not None:
+            index = vision.soft_indices(ids, len(images), self.config)
+            ids = [np.where(part >= 0, 0, row).tolist() for part, row in zip(index, ids, strict=True)]
+            inserted = Images(self.see(images), index)
+        return Session(self.model, ids, rows, self.stop_ids, images=inserted)
 
     def _chat_prompt(self, messages: Sequence[Mapping[str, Any]], sampling: dict[str, Any]) -> tuple[list[int]]:
         if self.tokenizer is None:

@@ -5,6 +5,7 @@ token has position `cache.lengths[b]`, so unequal prompts share one program and 
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from gemma_jax.generate import sampling
 from gemma_jax.generate.sampling import Plan, Sampler, SamplingParams
 from gemma_jax.nn.cache import Cache, capacity_bucket, empty_cache
-from gemma_jax.nn.decoder import Decoder
+from gemma_jax.nn.decoder import Decoder, Inserted
 from gemma_jax.nn.masks import Places
 
 PREFILL_CHUNK = 512  # tokens a row taken at once; the score matrix is at most chunk x (window + chunk)
@@ -66,11 +67,16 @@ def prefill_chunk(
     cache: Cache,
     last: Float[Array, "B D"],
     is_first: bool,
+    inserted: Inserted | None = None,
 ) -> tuple[Cache, Float[Array, "B D"]]:
     """Adds the first `counts` tokens of each row to the cache; `last` keeps each row's newest hidden vector."""
     column = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     positions = jnp.where(column < counts[:, None], cache.lengths[:, None] + column, -1)
-    x, cache_after = model.hidden(tokens, Places(positions), cache, is_cache_empty=is_first)
+    where = Places(positions)
+    if inserted is not None:
+        assert model.config.vision is not None
+        where = Places(positions, blocks=inserted.blocks(model.config.vision.num_soft_tokens))
+    x, cache_after = model.hidden(tokens, where, cache, inserted=inserted, is_cache_empty=is_first)
     assert cache_after is not None
     newest = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
     return cache_after, jnp.where((counts > 0)[:, None], newest, last)
@@ -171,22 +177,57 @@ def chunk_sizes(length: int, chunk: int = PREFILL_CHUNK) -> list[int]:
     return sizes
 
 
+@dataclass(frozen=True)
+class Images:
+    """What stands for images in a batch of prompts."""
+
+    vectors: Float[Array, "N M D"]  # soft tokens of all images
+    index: Sequence[Int[np.ndarray, " T"]]  # of each prompt: which soft token stands at each place, -1 for a token
+
+    def whole(self, row: int, start: int, count: int) -> int:
+        """As many of `count` tokens from `start` on as end with no image cut in two: its tokens see each other."""
+        index, stop, size = self.index[row], start + count, self.vectors.shape[1]
+        if stop >= len(index) or index[stop] < 0 or index[stop] % size == 0:
+            return count
+        return count - int(index[stop] % size)
+
+    def inserted(self, starts: Sequence[int], size: int) -> Inserted:
+        """The places of a chunk of `size` columns, where each row begins at its own start."""
+        index = np.full((len(starts), size), -1, np.int32)
+        for row, start in enumerate(starts):
+            part = self.index[row][start : start + size]
+            index[row, : len(part)] = part
+        return Inserted(self.vectors.reshape(-1, self.vectors.shape[-1]), jnp.asarray(index))
+
+
 def prefill(
-    model: Decoder, prompts: Sequence[Sequence[int]], capacity: int, chunk: int = PREFILL_CHUNK
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    capacity: int,
+    chunk: int = PREFILL_CHUNK,
+    images: Images | None = None,
 ) -> tuple[Cache, Float[Array, "B D"]]:
-    """The cache of `capacity` slots that has seen the prompts, and the last hidden vector of each."""
-    lengths = np.asarray([len(prompt) for prompt in prompts])
-    tokens = np.zeros((len(prompts), int(lengths.max()) + chunk), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
+    """The cache of `capacity` slots that has seen the prompts, and the last hidden vector of each.
+
+    A chunk never ends within an image: a row whose image would be cut takes fewer tokens, and a chunk holds an image.
+    """
+    starts = [0] * len(prompts)
+    smallest = 1 if images is None else 2 ** math.ceil(math.log2(images.vectors.shape[1]))
     dtype = model.final_norm.scale.dtype
     cache = empty_cache(model.config, len(prompts), capacity, dtype)
     last = jnp.zeros((len(prompts), model.config.width), dtype)
-    start = 0
-    for size in chunk_sizes(int(lengths.max()), chunk):
-        counts = np.clip(lengths - start, 0, size).astype(np.int32)
-        cache, last = prefill_chunk(model, tokens[:, start : start + size], counts, cache, last, start == 0)
-        start += size
+    while longest := max(len(prompt) - start for prompt, start in zip(prompts, starts, strict=True)):
+        size = max(chunk_sizes(longest, chunk)[0], smallest)
+        counts = [min(len(prompt) - start, size) for prompt, start in zip(prompts, starts, strict=True)]
+        if images is not None:
+            counts = [images.whole(row, *part) for row, part in enumerate(zip(starts, counts, strict=True))]
+        tokens = np.zeros((len(prompts), size), np.int32)
+        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            tokens[row, :count] = prompts[row][start : start + count]
+        inserted = None if images is None else images.inserted(starts, size)
+        numbers = np.asarray(counts, np.int32)
+        cache, last = prefill_chunk(model, tokens, numbers, cache, last, not any(starts), inserted)
+        starts = [start + count for start, count in zip(starts, counts, strict=True)]
     return cache, last
 
 
@@ -214,6 +255,7 @@ class Session:
         *,
         prefill_chunk: int = PREFILL_CHUNK,
         capacity: int | None = None,
+        images: Images | None = None,
     ):
         check_prompts(model, prompts)
         for row in params:
@@ -225,6 +267,7 @@ class Session:
         if capacity is not None and capacity < needed:
             raise ValueError(f"capacity is {capacity}; prompt and answer need {needed} slots")
         self.model, self.prompts, self.params, self.chunk = model, prompts, params, prefill_chunk
+        self.images = images
         self.plan = sampling.plan(params)
         self.rows = sampling.sampler(params, model.config.vocab_size)
         self.limits = Limits(jnp.asarray(steps, jnp.int32), _stop_table(params, stop_ids))
@@ -236,7 +279,7 @@ class Session:
         self._ended[row] = True
 
     def __iter__(self) -> Iterator[list[Step]]:
-        cache, last = prefill(self.model, self.prompts, self.capacity, self.chunk)
+        cache, last = prefill(self.model, self.prompts, self.capacity, self.chunk, self.images)
         seen = self._seen() if self.plan.penalises else None
         state, drawn = first_token(self.model, last, cache, seen, self.rows, self.limits, self.plan)
         yield _steps(drawn)

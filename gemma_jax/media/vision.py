@@ -1,5 +1,6 @@
 """Images on their way into the decoder: which places of a prompt they take, and whether they fit."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,10 @@ def check_pixels(images: Any, config: DecoderConfig) -> Float[np.ndarray, "N hei
     return array
 
 
-def soft_index(tokens: Int[np.ndarray, "B T"], num_images: int, config: DecoderConfig) -> Int[np.ndarray, "B T"]:
-    """Which of the images' soft tokens, counted through all images, stands at each place; -1 for a token's own row.
+def soft_indices(
+    prompts: Sequence[Sequence[int]] | np.ndarray, num_images: int, config: DecoderConfig
+) -> list[Int[np.ndarray, " T"]]:
+    """Of each prompt which of the images' soft tokens, counted through all images, stands at each place; else -1.
 
     Raises ValueError unless there are places for just these images, each in one piece.
     """
@@ -34,18 +37,22 @@ def soft_index(tokens: Int[np.ndarray, "B T"], num_images: int, config: DecoderC
     if not isinstance(tower, VisionConfig):
         if num_images:
             raise ValueError(f"{config.name} has no vision tower, but {num_images} images were given")
-        return np.full(tokens.shape, -1, np.int32)
-    is_soft, size = tokens == tower.soft_token, tower.num_soft_tokens
-    if is_soft.sum() != num_images * size:
+        return [np.full(len(prompt), -1, np.int32) for prompt in prompts]
+    found, count, size = [], 0, tower.num_soft_tokens
+    for prompt in prompts:
+        is_soft = np.asarray(prompt) == tower.soft_token
+        found.append(np.where(is_soft, count + np.cumsum(is_soft) - 1, -1).astype(np.int32))
+        count += int(is_soft.sum())
+    if count != num_images * size:
         raise ValueError(
-            f"tokens has {int(is_soft.sum())} times the image token {tower.soft_token}, but {num_images} images take "
-            f"{num_images} x {size}; give each image its {size} places"
+            f"there are {count} image tokens {tower.soft_token}, but {num_images} images take {num_images} x {size}; "
+            f"give each image its {size} places"
         )
-    padded = np.pad(is_soft, ((0, 0), (1, 1)))
-    starts, stops = (np.argwhere(np.diff(padded.astype(np.int8)) == step) for step in (1, -1))
-    lengths = stops[:, 1] - starts[:, 1]
-    if wrong := [int(length) for length in lengths if length != size]:
-        raise ValueError(
-            f"{wrong[0]} image tokens {tower.soft_token} stand in a row; an image takes {size}, and text parts images"
-        )
-    return np.where(is_soft, np.cumsum(is_soft).reshape(tokens.shape) - 1, -1).astype(np.int32)
+    for index in found:
+        edges = np.diff(np.pad(index >= 0, 1).astype(np.int8))
+        lengths = np.flatnonzero(edges == -1) - np.flatnonzero(edges == 1)
+        if wrong := lengths[lengths != size].tolist():
+            raise ValueError(
+                f"{wrong[0]} image tokens {tower.soft_token} stand in a row; an image takes {size}, text parts images"
+            )
+    return found

@@ -52,6 +52,10 @@ class Inserted:
     vectors: jax.Array  # [S, D]
     index: jax.Array  # int32 [B, T]; which of the vectors, -1 for a token's own row
 
+    def blocks(self, num_soft_tokens: int) -> Int[Array, "B T"]:
+        """From 1 on the image that each place is a part of, 0 for text; see `Places.blocks`."""
+        return jnp.where(self.index >= 0, self.index // num_soft_tokens + 1, 0)
+
     def into(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The stream with the vectors in their places; they are not scaled as rows are."""
         chosen = jnp.take(self.vectors, jnp.maximum(self.index, 0), axis=0)

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import gemma_jax as gj
+from gemma_jax.generate import engine
 from gemma_jax.media import vision
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -85,6 +86,33 @@ def test_a_model_that_sees_works_without_images(gemma):
     assert len(gemma.generate([2, 5, 9], max_new_tokens=4).tokens) == 4
 
 
+@pytest.mark.parametrize("chunk", [16, 24, 512])
+def test_generation_with_images_is_the_whole_forward_repeated(gemma, data, images, chunk, monkeypatch):
+    """Greedy, a batch of unequal prompts with two, one and no image; chunks that would end within an image do not."""
+    whole = data["x:input_ids"][0].tolist()
+    start = whole.index(SOFT)
+    one = whole[: start + SIZE + 2]
+    prompts, counts = [whole, one, [2, 5, 9, 33]], [2, 1, 0]
+    given = np.concatenate([images, images[1:]])
+    defaults = {**engine.Session.__init__.__kwdefaults__, "prefill_chunk": chunk}
+    monkeypatch.setattr(engine.Session.__init__, "__kwdefaults__", defaults)
+    answers = gemma.generate(prompts, images=given, max_new_tokens=5, temperature=0.0, ignore_eos=True)
+    first = 0
+    for prompt, count, answer in zip(prompts, counts, answers, strict=True):
+        tokens, own = list(prompt), given[first : first + count] if count else None
+        first += count
+        for _ in range(5):
+            tokens.append(int(np.asarray(gemma.logits([tokens], own))[0, -1].argmax()))
+        assert answer.tokens == tokens[len(prompt) :]
+
+
+def test_streaming_with_images_gives_what_generate_gives(gemma, data, images):
+    prompt = data["x:input_ids"][0].tolist()
+    want = gemma.generate(prompt, images=images, max_new_tokens=6, temperature=0.0).tokens
+    pieces = list(gemma.stream(prompt, images=images, max_new_tokens=6, temperature=0.0))
+    assert [token for piece in pieces for token in piece.tokens] == want
+
+
 def test_a_tower_is_saved_with_its_model(gemma, data, images, tmp_path):
     gemma.save(tmp_path / "saved")
     again = gj.load(tmp_path / "saved")
@@ -97,8 +125,8 @@ def test_a_tower_is_saved_with_its_model(gemma, data, images, tmp_path):
 @pytest.mark.parametrize(
     ("tokens", "count", "words"),
     [
-        ([2, 90, 90, 5], 1, "has 2 times the image token 90, but 1 images take 1 x 16"),
-        ([2, *[90] * 16, 5], 0, "has 16 times the image token 90, but 0 images"),
+        ([2, 90, 90, 5], 1, "there are 2 image tokens 90, but 1 images take 1 x 16"),
+        ([2, *[90] * 16, 5], 0, "there are 16 image tokens 90, but 0 images"),
         ([2, *[90] * 16, 5], 2, "2 images take 2 x 16"),
         ([2, *[90] * 8, 5, *[90] * 8], 1, "8 image tokens 90 stand in a row; an image takes 16"),
         ([2, *[90] * 32, 5], 2, "32 image tokens 90 stand in a row"),
@@ -128,4 +156,4 @@ def test_a_text_model_says_that_it_cannot_see(tiny_config):
     with pytest.raises(ValueError, match="has no vision tower; images need a Gemma 3 of 4B or more"):
         vision.check_pixels(np.zeros((1, 4, 4, 3), np.float32), tiny_config)
     with pytest.raises(ValueError, match="has no vision tower, but 2 images were given"):
-        vision.soft_index(np.zeros((1, 4), np.int32), 2, tiny_config)
+        vision.soft_indices([[1, 2]], 2, tiny_config)
