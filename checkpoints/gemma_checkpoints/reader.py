@@ -1,6 +1,7 @@
 """What every format gives: metadata, a list of tensors, and each tensor decoded to where the caller wants it."""
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -91,23 +92,31 @@ class Reader:
         return out
 
     def _fill(self, info: TensorInfo, out: np.ndarray, begin: tuple[int, ...]) -> None:
-        """Whole rows are read, those that `out` has, and of each what it has."""
+        """Reads whole rows, those that `out` has, and keeps of each what it has.
+
+        A row is the last dimension with as many before it as `out` has whole and a piece holds: a kernel [O, I, 1, 1]
+        is not read value by value.
+        """
         if not info.shape:
             out[...] = self._piece(info, 0, 1)[0]
             return
         shape, first = (1, *info.shape)[-max(2, len(info.shape)) :], (0, *begin)[-max(2, len(begin)) :]
-        target = out if out.ndim > 1 else out[None]
-        columns, wanted = shape[-1], slice(first[-1], first[-1] + target.shape[-1])
-        rows_each = max(1, PIECE_BYTES // (4 * columns))
-        for index in np.ndindex(target.shape[:-2]):
-            matrix, before = target[index], 0
+        target, per_piece = out if out.ndim > 1 else out[None], PIECE_BYTES // 4
+        row_axis = len(shape) - 2  # the dimension that counts rows
+        while row_axis and target.shape[row_axis:] == shape[row_axis:] and math.prod(shape[row_axis:]) <= per_piece:
+            row_axis -= 1
+        columns = math.prod(shape[row_axis + 1 :])
+        wanted = slice(first[-1], first[-1] + target.shape[-1])
+        rows_each = max(1, per_piece // columns)
+        for index in np.ndindex(target.shape[:row_axis]):
+            rows, before = target[index], 0
             for size, i, at in zip(shape, index, first, strict=False):
                 before = before * size + at + i
-            top = before * shape[-2] + first[-2]
-            for row in range(0, matrix.shape[0], rows_each):
-                stop = min(row + rows_each, matrix.shape[0])
+            top = before * shape[row_axis] + first[row_axis]
+            for row in range(0, rows.shape[0], rows_each):
+                stop = min(row + rows_each, rows.shape[0])
                 values = self._piece(info, (top + row) * columns, (top + stop) * columns)
-                matrix[row:stop] = values.reshape(-1, columns)[:, wanted]
+                rows[row:stop] = values.reshape(-1, *shape[row_axis + 1 :])[..., wanted]
 
     def digest(self, name: str) -> str:
         """SHA-256 of a tensor's bytes as stored, in hexadecimal; see `Writer.digests`."""

@@ -326,8 +326,9 @@ def _layer_problems(config: DecoderConfig) -> Iterator[str]:
 def _optional_problems(config: DecoderConfig) -> Iterator[str]:
     """What only some models have."""
     if (altup := config.altup) is not None:
-        yield from _positive("altup.num_streams", altup.num_streams)
-        if not 0 <= altup.active_stream < altup.num_streams:
+        sizes = [*_positive("altup.num_streams", altup.num_streams)]
+        yield from sizes
+        if not sizes and (type(altup.active_stream) is not int or not 0 <= altup.active_stream < altup.num_streams):
             yield f"altup.active_stream is {altup.active_stream}, but altup.num_streams is {altup.num_streams}"
         if altup.coefficient_clip is not None:
             yield from _positive("altup.coefficient_clip", altup.coefficient_clip, whole=False)

@@ -1,4 +1,5 @@
 import json
+import os
 import struct
 
 import numpy as np
@@ -115,3 +116,31 @@ def test_a_config_that_is_no_json_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json is not JSON"):
         SafetensorsReader(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 6), (64, 64, 1, 1), (3, 4, 5, 2), (2, 300, 1000), (1, 1, 4, 1)])
+def test_any_region_of_a_tensor_can_be_read_into_any_strides(tmp_path, shape):
+    values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    save_file({"a": values}, tmp_path / "x.safetensors")
+    rng = np.random.default_rng(1)
+    with SafetensorsReader(tmp_path / "x.safetensors") as reader:
+        for _ in range(40):
+            start = tuple(int(rng.integers(size)) if rng.random() < 0.5 else 0 for size in shape)
+            stop = tuple(
+                int(rng.integers(first, size)) + 1 if rng.random() < 0.5 else size
+                for first, size in zip(start, shape, strict=True)
+            )
+            wanted = values[tuple(map(slice, start, stop))]
+            out = np.full(wanted.shape[::-1], np.nan, np.float32).T
+            np.testing.assert_array_equal(reader.read("a", out=out, start=start), wanted)
+
+
+def test_small_kernels_are_read_many_at_a_time(tmp_path, monkeypatch):
+    save_file({"a": np.ones((256, 128, 1, 1), np.float32)}, tmp_path / "x.safetensors")
+    with SafetensorsReader(tmp_path / "x.safetensors") as reader:
+        pread, counts = os.pread, []
+        monkeypatch.setattr(os, "pread", lambda *args: counts.append(args[1]) or pread(*args))
+        assert (reader.read("a") == 1).all()
+        assert counts == [4 * 256 * 128]
+        reader.read("a", out=np.empty((256, 64, 1, 1), np.float32), start=(0, 64, 0, 0))
+        assert len(counts) == 1 + 256
