@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gemma_checkpoints.names import Assembly
 from gemma_jax import export
+from gemma_jax import prompts as prompting
 from gemma_jax.configs.config import DecoderConfig
 from gemma_jax.export import Precision
 from gemma_jax.generate import scoring
@@ -19,17 +20,20 @@ from gemma_jax.generate.completion import Completion, Piece, answers, complete, 
 from gemma_jax.generate.engine import Images, Session, check_ids
 from gemma_jax.generate.sampling import SamplingParams
 from gemma_jax.generate.scoring import Score
+from gemma_jax.media import images as media
 from gemma_jax.media import vision
+from gemma_jax.media.images import ImageOptions
 from gemma_jax.nn.decoder import Decoder, Inserted
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.paths import weights
-from gemma_jax.text.chat import encode_chat
+from gemma_jax.prompts import Prompt
+from gemma_jax.text.chat import chat_parts
 from gemma_jax.text.tokenizer import Tokenizer
 
 STOP_IDS = (1, 106)  # Gemma 3's <eos> and <end_of_turn>, for a model without tokenizer
 CHAT_SAMPLING = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}  # of the instruction-tuned releases
 
-Prompt = str | Sequence[int]
+Text = str | Sequence[int]
 
 
 @jax.jit
@@ -58,9 +62,10 @@ class Gemma:
 
     def generate(
         self,
-        prompt: Prompt | Sequence[Prompt],
+        prompt: Text | Sequence[Text],
         *,
-        images: Float[Array, "N height width 3"] | None = None,
+        images: Any = None,
+        image_options: ImageOptions = ImageOptions(),
         seed: int | Sequence[int] | None = None,
         **sampling: Any,
     ) -> Any:
@@ -68,7 +73,10 @@ class Gemma:
 
         Args:
             prompt: a text, a list of ids, or a list of these (of any lengths).
-            images: as for `logits`; their places are in prompts of ids.
+            images: in the order of their places: PIL images, uint8 arrays, paths, bytes, data URLs, or one array of
+                prepared pixels, as `logits` takes them. In a text `<start_of_image>` marks a place, in ids it is
+                `config.vision.num_soft_tokens` times `config.vision.soft_token`.
+            image_options: how they are prepared; pan and scan is chosen here.
             seed: makes sampling repeatable. A row's draws depend on its seed and prompt alone, not on its batch, so
                 equal prompts with one seed give equal answers; give a list of seeds, one a prompt, for different ones.
             **sampling: fields of `SamplingParams`: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p,
@@ -78,41 +86,62 @@ class Gemma:
         Raises: ValueError for bad values, empty or too long prompts, ids outside the vocabulary.
         """
         is_single = _is_single(prompt)
-        session = self._session([prompt] if is_single else list(prompt), seed, sampling, images)  # pyright: ignore
-        done = complete(session, self.tokenizer, self.stop_ids)
+        prompts: Any = [prompt] if is_single else list(prompt)
+        read = prompting.assemble_all(prompts, images, self.tokenizer, self.config, image_options)
+        done = complete(self._session(read, seed, sampling), self.tokenizer, self.stop_ids)
         return done[0] if is_single else done
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: Text,
         *,
-        images: Float[Array, "N height width 3"] | None = None,
+        images: Any = None,
+        image_options: ImageOptions = ImageOptions(),
         seed: int | None = None,
         **sampling: Any,
     ) -> Iterator[Piece]:
         """Continues one prompt; yields pieces of whole characters as they come, the last with a finish_reason."""
         if not _is_single(prompt):
             raise ValueError("stream continues one prompt; use generate for a batch")
-        session = self._session([prompt], seed, sampling, images)
-        return (piece for (piece,) in pieces(session, answers(session, self.tokenizer, self.stop_ids)))
+        return self._stream(
+            prompting.assemble_all([prompt], images, self.tokenizer, self.config, image_options), seed, sampling
+        )
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **sampling: Any) -> Completion:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        image_options: ImageOptions = ImageOptions(),
+        seed: int | None = None,
+        **sampling: Any,
+    ) -> Completion:
         """Answers a conversation of OpenAI-style messages ({"role": ..., "content": ...}).
 
-        Samples as the instruction-tuned models were released (temperature 1, top_k 64, top_p 0.95) unless told
-        otherwise, up to the end of the turn or of the context. Control tokens come from the template alone: text of
-        users never becomes one. Raises ChatError (a ValueError) for roles out of order.
-        """
-        return self.generate(*self._chat_prompt(messages, sampling), **self._chat_sampling(sampling))
+        Content is a text or a list of parts: {"type": "text", "text": ...}, {"type": "image", "image": ...} with what
+        `generate` takes as image, and OpenAI's image_url with a data URL. Samples as the instruction-tuned models were
+        released (temperature 1, top_k 64, top_p 0.95) unless told otherwise, up to the end of the turn or of the
+        context. Control tokens come from the template alone: text of users never becomes one.
 
-    def stream_chat(self, messages: Sequence[Mapping[str, Any]], **sampling: Any) -> Iterator[Piece]:
+        Raises: ChatError (a ValueError) for roles out of order and parts of another kind; ImageError, a ValueError too.
+        """
+        session = self._session([self._chat_prompt(messages, image_options)], seed, self._chat_sampling(sampling))
+        return complete(session, self.tokenizer, self.stop_ids)[0]
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        image_options: ImageOptions = ImageOptions(),
+        seed: int | None = None,
+        **sampling: Any,
+    ) -> Iterator[Piece]:
         """`chat` as a stream of pieces."""
-        return self.stream(*self._chat_prompt(messages, sampling), **self._chat_sampling(sampling))
+        return self._stream([self._chat_prompt(messages, image_options)], seed, self._chat_sampling(sampling))
 
     def logits(
         self,
         tokens: Int[Array, "B T"],
-        images: Float[Array, "N height width 3"] | None = None,
+        images: Any = None,
         *,
         mask: Bool[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
@@ -120,7 +149,8 @@ class Gemma:
 
         Args:
             tokens: ids; each image is `config.vision.num_soft_tokens` times `config.vision.soft_token` in a row.
-            images: in the order in which they stand in the rows, row after row; between -1 and 1, in the tower's size.
+            images: in the order in which they stand in the rows, row after row: what `generate` takes, or pixels float
+                [N, height, width, 3] in the tower's size, between -1 and 1.
             mask: False at padding, left or right; what stands at padding has no meaning.
 
         B*T*V*4 bytes are needed. T may pass the context here and in `hidden_states`, for research into what a model
@@ -131,18 +161,19 @@ class Gemma:
     def hidden_states(
         self,
         tokens: Int[Array, "B T"],
-        images: Float[Array, "N height width 3"] | None = None,
+        images: Any = None,
         *,
         mask: Bool[Array, "B T"] | None = None,
     ) -> Float[Array, "L+1 B T D"]:
         """The stream before the first layer and after each; the last after the final norm (Hugging Face's order)."""
         return _hidden_states(self.model, *self._batch(tokens, images, mask))
 
-    def see(self, images: Float[Array, "N height width 3"]) -> Float[Array, "N M D"]:
-        """The soft tokens of images, as the decoder gets them. Raises ValueError for another size or no tower."""
-        return _see(self.model, jnp.asarray(vision.check_pixels(images, self.config)))
+    def see(self, images: Any, options: ImageOptions = ImageOptions()) -> Float[Array, "N M D"]:
+        """The soft tokens of images, as the decoder gets them; see `generate`. Raises ValueError without a tower."""
+        size = vision.tower_of(self.config).image_size
+        return _see(self.model, jnp.asarray(media.stack(media.sources(images), size, options)))
 
-    def score(self, prompt: Prompt) -> Score:
+    def score(self, prompt: Text) -> Score:
         """Log-probability of each token of a text (or list of ids) given those before, mean nll and perplexity."""
         return scoring.score(self.model, self._ids(prompt))
 
@@ -191,7 +222,8 @@ class Gemma:
         array = np.asarray(tokens)
         if array.ndim != 2 or not array.size:
             raise ValueError(f"tokens has shape {array.shape}; wanted [B, T] with at least one token")
-        index = np.asarray(vision.soft_indices(array, 0 if images is None else len(images), self.config))
+        sources = media.sources(images)
+        index = np.asarray(vision.soft_indices(array, len(sources), self.config))
         ids = np.where(index >= 0, 0, array)
         check_ids(ids, self.config.vocab_size, "tokens")  # pyright: ignore
         if mask is None:
@@ -200,26 +232,22 @@ class Gemma:
             raise ValueError(f"mask has shape {np.shape(mask)}, but tokens has {array.shape}; wanted the same")
         else:
             where = Places.of(jnp.asarray(mask, bool))
-        if images is None:
+        if not sources:
             return jnp.asarray(ids, jnp.int32), where, None
-        vectors = self.see(images)
+        vectors = self.see(sources)
         blocks = jnp.asarray(np.where(index >= 0, index // vectors.shape[1] + 1, 0))
         where = dataclasses.replace(where, blocks=blocks)
         inserted = Inserted(vectors.reshape(-1, vectors.shape[-1]), jnp.asarray(index))
         return jnp.asarray(ids, jnp.int32), where, inserted
 
-    def _ids(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
-            return list(prompt)
-        if self.tokenizer is None:
-            raise ValueError(f"{self.config.name} was loaded without a tokenizer; give a list of token ids")
-        if not prompt:
-            raise ValueError("the prompt is empty; give some text, or token ids such as [2] for BOS alone")
-        return self.tokenizer.encode(prompt, bos=True)
+    def _ids(self, prompt: Text) -> list[int]:
+        return prompting.assemble_all([prompt], None, self.tokenizer, self.config, ImageOptions())[0].ids
 
-    def _session(
-        self, prompts: Sequence[Prompt], seed: Any, sampling: Mapping[str, Any], images: Any = None
-    ) -> Session:
+    def _stream(self, prompts: Sequence[Prompt], seed: Any, sampling: Mapping[str, Any]) -> Iterator[Piece]:
+        session = self._session(prompts, seed, sampling)
+        return (piece for (piece,) in pieces(session, answers(session, self.tokenizer, self.stop_ids)))
+
+    def _session(self, prompts: Sequence[Prompt], seed: Any, sampling: Mapping[str, Any]) -> Session:
         stop = sampling.get("stop")
         stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
         params = sampling_params(**{**sampling, "stop": stops})
@@ -231,17 +259,18 @@ class Gemma:
                 f"{len(seeds)} seeds were given for {len(prompts)} prompts; give one each, or a single one"
             )
         rows = [dataclasses.replace(params, seed=one) for one in seeds]
-        ids, inserted = [self._ids(prompt) for prompt in prompts], None
-        if images is not None:
-            index = vision.soft_indices(ids, len(images), self.config)
+        ids, inserted = [prompt.ids for prompt in prompts], None
+        if found := [prompt.pixels for prompt in prompts if prompt.pixels is not None]:
+            pixels = np.concatenate(found)
+            index = vision.soft_indices(ids, len(pixels), self.config)
             ids = [np.where(part >= 0, 0, row).tolist() for part, row in zip(index, ids, strict=True)]
-            inserted = Images(self.see(images), index)
+            inserted = Images(self.see(pixels), index)
         return Session(self.model, ids, rows, self.stop_ids, images=inserted)
 
-    def _chat_prompt(self, messages: Sequence[Mapping[str, Any]], sampling: dict[str, Any]) -> tuple[list[int]]:
+    def _chat_prompt(self, messages: Sequence[Mapping[str, Any]], options: ImageOptions) -> Prompt:
         if self.tokenizer is None:
             raise ValueError(f"{self.config.name} was loaded without a tokenizer, which chat needs")
-        return (encode_chat(self.tokenizer, messages),)
+        return prompting.assemble(chat_parts(messages), self.tokenizer, self.config, options)
 
     def _chat_sampling(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
         return {"max_new_tokens": self.config.context, **CHAT_SAMPLING, **sampling}

@@ -1,29 +1,18 @@
 """Images on their way into the decoder: which places of a prompt they take, and whether they fit."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from gemma_jax.configs.config import DecoderConfig, VisionConfig
 
 
-def check_pixels(images: Any, config: DecoderConfig) -> Float[np.ndarray, "N height width 3"]:
-    """Images as the tower takes them. Raises ValueError for another shape, values that are no numbers, or no tower."""
-    tower = config.vision
-    if not isinstance(tower, VisionConfig):
+def tower_of(config: DecoderConfig) -> VisionConfig:
+    """The config of the tower. Raises ValueError for a model without one."""
+    if not isinstance(config.vision, VisionConfig):
         raise ValueError(f"{config.name} has no vision tower; images need a Gemma 3 of 4B or more")
-    array = np.asarray(images)
-    wanted = (tower.image_size, tower.image_size, 3)
-    if array.ndim != 4 or array.shape[1:] != wanted or array.dtype.kind != "f":
-        raise ValueError(
-            f"images has shape {array.shape} and dtype {array.dtype}; wanted floats of shape [N, {wanted[0]}, "
-            f"{wanted[1]}, 3]"
-        )
-    if not np.isfinite(array).all():
-        raise ValueError("images has values that are infinite or no numbers; pixels lie between -1 and 1")
-    return array
+    return config.vision
 
 
 def soft_indices(

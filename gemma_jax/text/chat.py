@@ -1,11 +1,14 @@
 """Gemma 3's chat template, in Python: a template from a file would be code of strangers (gemma3.md section 7)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from gemma_jax.text import parts
+from gemma_jax.text.parts import Control, Part
 from gemma_jax.text.tokenizer import Tokenizer
 
-START, END, BOS = "<start_of_turn>", "<end_of_turn>", "<bos>"
+START, END, BOS, IMAGE = "<start_of_turn>", "<end_of_turn>", "<bos>", "<start_of_image>"
 ROLES = {"user": "user", "assistant": "model", "model": "model"}
 
 
@@ -13,36 +16,54 @@ class ChatError(ValueError):
     """Messages that are no conversation Gemma knows."""
 
 
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """The place of an image in a prompt, and what holds it (see `media.images.read`)."""
+
+    source: Any
+
+
 def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
     """The conversation as one text with literal control tokens. For reading; encode with `encode_chat`."""
-    turns = "".join(f"{START}{role}\n{content}{END}\n" for role, content in _turns(messages))
-    return BOS + turns + (f"{START}model\n" if add_generation_prompt else "")
+    return as_text(chat_parts(messages, add_generation_prompt))
+
+
+def as_text(prompt: Iterable[Part | Picture]) -> str:
+    """A prompt for reading."""
+    shown = (IMAGE if isinstance(part, Picture) else getattr(part, "piece", part) for part in prompt)
+    return "".join(map(str, shown))
 
 
 def encode_chat(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
 ) -> list[int]:
-    """The ids of a conversation, `<bos>` included.
+    """The ids of a conversation without images, `<bos>` included.
 
-    Control tokens come from the template alone: what stands between two of them is encoded as plain text in one piece,
-    as a tokenizer that splits at control tokens would, so newlines merge as in the reference.
+    Control tokens come from the template alone: text of users never becomes one.
 
-    Raises: ChatError for unknown roles, roles out of order, content that is no text.
+    Raises: ChatError for unknown roles, roles out of order, content that is neither text nor parts, images.
     """
-    start, end = tokenizer.id_of(START), tokenizer.id_of(END)
-    ids = [tokenizer.bos_id]
+    prompt = chat_parts(messages, add_generation_prompt)
+    if any(isinstance(part, Picture) for part in prompt):
+        raise ChatError("a message has an image; `Gemma.chat` takes it, ids alone cannot hold it")
+    return parts.encode(tokenizer, prompt)  # pyright: ignore[reportArgumentType]
+
+
+def chat_parts(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[Part | Picture]:
+    """The conversation in parts, images where they stand. Raises ChatError as `encode_chat`."""
+    prompt: list[Part | Picture] = [Control(BOS)]
     for role, content in _turns(messages):
-        ids += [start, *tokenizer.encode(f"{role}\n{content}", bos=False), end, *tokenizer.encode("\n", bos=False)]
-    return [*ids, start, *tokenizer.encode("model\n", bos=False)] if add_generation_prompt else ids
+        prompt += [Control(START), f"{role}\n", *content, Control(END), "\n"]
+    return [*prompt, Control(START), "model\n"] if add_generation_prompt else prompt
 
 
-def _turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+def _turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Part | Picture]]]:
     """(role, content) of every turn; a leading system message is put in front of the first one, untrimmed."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ChatError("messages is empty or not a list; wanted at least one {'role': 'user', 'content': ...}")
-    prefix, first = "", 0
+    prefix, first = [], 0
     if _role(messages[0], 0) == "system":
-        prefix, first = _system(messages[0]) + "\n\n", 1
+        prefix, first = [_system(messages[0]) + "\n\n"], 1
     if len(messages) == first:
         raise ChatError("there is only a system message; a user message must follow")
     for i, message in enumerate(messages[first:]):
@@ -53,7 +74,49 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
                 f"message {first + i} has role {message['role']!r}; turns alternate between user and assistant, begin "
                 f"with user, and only the first message may be system, so {'assistant' if i % 2 else 'user'} was wanted"
             )
-        yield role, (prefix if i == 0 else "") + _content(message, first + i)
+        yield role, [*(prefix if i == 0 else ()), *content_parts(message["content"], first + i)]
+
+
+def content_parts(content: Any, at: int) -> list[Part | Picture]:
+    """A message's content: each text trimmed, nothing between them, images in their places.
+
+    `{"type": "image", "image": ...}` holds what `media.images.read` takes; OpenAI's `image_url` a data URL. Raises
+    ChatError for other parts; `at` is the message's number.
+    """
+    if isinstance(content, str):
+        return [content.strip()]
+    found: list[Part | Picture] = []
+    for part in _content_list(content, at):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            found.append(part["text"].strip())
+        elif kind == "image" and part.get("image") is not None:
+            found.append(Picture(part["image"]))
+        elif kind == "image_url":
+            found.append(Picture(_data_url(part.get("image_url"), at)))
+        else:
+            raise ChatError(
+                f"message {at} has a part of type {kind!r}; wanted {{'type': 'text', 'text': ...}}, {{'type': 'image', "
+                "'image': ...}} or {'type': 'image_url', 'image_url': {'url': 'data:image/...'}}"
+            )
+    return found
+
+
+def _data_url(value: Any, at: int) -> str:
+    """Of a request that may come from others, so no path."""
+    url = value.get("url") if isinstance(value, Mapping) else value
+    if not isinstance(url, str) or not url.startswith("data:"):
+        raise ChatError(
+            f"message {at} has the image_url {str(url)[:60]!r}; wanted a data URL, data:image/...;base64,... (a file "
+            "is given as {'type': 'image', 'image': path})"
+        )
+    return url
+
+
+def _content_list(content: Any, at: int) -> Sequence[Any]:
+    if not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
+        raise ChatError(f"message {at} has content {content!r}; wanted a text or a list of parts")
+    return content
 
 
 def _role(message: Any, at: int) -> str:
@@ -68,21 +131,8 @@ def _system(message: Mapping[str, Any]) -> str:
     content = message["content"]
     if isinstance(content, str):
         return content
-    return next(iter(_texts(content, 0)), "")
-
-
-def _content(message: Mapping[str, Any], at: int) -> str:
-    content = message["content"]
-    return content.strip() if isinstance(content, str) else "".join(text.strip() for text in _texts(content, at))
-
-
-def _texts(content: Any, at: int) -> list[str]:
-    if not isinstance(content, Sequence):
-        raise ChatError(f"message {at} has content {content!r}; wanted a text or a list of parts")
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise ChatError(
-                f"message {at} has a part of type {kind!r}; this model reads parts {{'type': 'text', 'text': ...}} only"
-            )
-    return [part["text"] for part in content]
+    found = _content_list(content, 0)
+    for part in found:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ChatError(f"the system message has the part {part!r}; wanted {{'type': 'text', 'text': ...}} only")
+    return "".join(part["text"] for part in found)  # the reference takes the first and loses the others

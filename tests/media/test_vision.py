@@ -141,10 +141,11 @@ def test_images_and_their_places_must_fit(gemma, images, tokens, count, words):
 @pytest.mark.parametrize(
     ("pixels", "words"),
     [
-        (np.zeros((1, 56, 56), np.float32), r"images has shape \(1, 56, 56\)"),
-        (np.zeros((1, 3, 56, 56), np.float32), r"wanted floats of shape \[N, 56, 56, 3\]"),
-        (np.zeros((1, 56, 56, 3), np.uint8), "dtype uint8"),
-        (np.full((1, 56, 56, 3), np.nan, np.float32), "infinite or no numbers"),
+        (np.zeros((1, 56, 56), np.float32), r"images is an array of shape \(1, 56, 56\)"),
+        (np.zeros((1, 3, 56, 56), np.float32), r"prepared pixels have \[56, 56, 3\]"),
+        (np.zeros((1, 56, 56, 3), np.int32), "an array of int32"),
+        (np.full((1, 56, 56, 3), np.nan, np.float32), "these reach nan"),
+        (np.full((1, 56, 56, 3), 127.0, np.float32), "these reach 127"),
     ],
 )
 def test_pixels_of_another_kind_are_refused(gemma, pixels, words):
@@ -154,6 +155,6 @@ def test_pixels_of_another_kind_are_refused(gemma, pixels, words):
 
 def test_a_text_model_says_that_it_cannot_see(tiny_config):
     with pytest.raises(ValueError, match="has no vision tower; images need a Gemma 3 of 4B or more"):
-        vision.check_pixels(np.zeros((1, 4, 4, 3), np.float32), tiny_config)
+        vision.tower_of(tiny_config)
     with pytest.raises(ValueError, match="has no vision tower, but 2 images were given"):
         vision.soft_indices([[1, 2]], 2, tiny_config)
