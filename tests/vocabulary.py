@@ -9,7 +9,15 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 SPACE = "\u2581"
 FIXED = ["<pad>", "<eos>", "<bos>", "<unk>"]
-CONTROL_LIKE = ["<mask>", "[multimodal]", "<unused0>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>"]
+CONTROL_LIKE = [
+    "<mask>",
+    "[multimodal]",
+    "<unused0>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<start_of_image>",
+    "<end_of_image>",
+]
 TEXT_PIECES = ["\n", "\n\n", "\n\n\n", SPACE * 2, SPACE * 3, "\t", "\t\t", "<h1>", "</h1>"]
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 CHARACTERS = [SPACE, *string.ascii_letters, *string.digits, *"<>_/.,!?:[]'\"-", *"éü日本語"]

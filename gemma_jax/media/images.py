@@ -21,7 +21,7 @@ from jaxtyping import Float, UInt8
 if TYPE_CHECKING:
     from PIL import Image
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of files that may come from others; open more with Pillow yourself
 GREY_LEVELS = 20.0  # no prepared pixel gets there, also not a disturbed one; levels of 0 to 255 do, and NaN
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
