@@ -54,7 +54,7 @@ def load(
 ) -> Gemma:
     """Loads a model from the name of installed weights or a checkpoint: Orbax, Hugging Face, DeepMind's, GGUF.
 
-    Of Gemma 3n's towers and of EmbeddingGemma's dense layers nothing is loaded: they are not run yet.
+    Of Gemma 3n's towers nothing is loaded: they are not run yet.
     Weights are read tensor by tensor straight into `dtype` and onto `sharding`; at no time is more held in memory than
     the model and one tensor.
 

@@ -15,9 +15,9 @@ from gemma_jax import export
 from gemma_jax import prompts as prompting
 from gemma_jax.configs.config import DecoderConfig
 from gemma_jax.export import Precision
-from gemma_jax.generate import scoring
+from gemma_jax.generate import embedding, scoring
 from gemma_jax.generate.completion import Completion, Piece, answers, complete, pieces
-from gemma_jax.generate.engine import Images, Session, check_ids
+from gemma_jax.generate.engine import Images, Session, check_ids, next_logits
 from gemma_jax.generate.sampling import SamplingParams
 from gemma_jax.generate.scoring import Score
 from gemma_jax.media import images as media
@@ -27,6 +27,7 @@ from gemma_jax.nn.decoder import Decoder, Inserted
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.paths import weights
 from gemma_jax.prompts import Prompt
+from gemma_jax.text import shieldgemma
 from gemma_jax.text.chat import chat_parts
 from gemma_jax.text.tokenizer import Tokenizer
 
@@ -176,6 +177,79 @@ class Gemma:
     def score(self, prompt: Text) -> Score:
         """Log-probability of each token of a text (or list of ids) given those before, mean nll and perplexity."""
         return scoring.score(self.model, self._ids(prompt))
+
+    def embed(
+        self,
+        texts: str | Sequence[str],
+        *,
+        task: str | None = None,
+        title: str | None = None,
+        dim: int | None = None,
+        truncate: bool = False,
+    ) -> Float[np.ndarray, "N dim"]:
+        """Unit vectors of texts, float32, whose products are cosine similarities. For EmbeddingGemma.
+
+        Args:
+            texts: one (then the result has no N) or several, of any lengths.
+            task: what they are to be used for, which puts a prompt in front: "query" and "document" for search, and
+                "question answering", "fact checking", "classification", "clustering", "similarity", "code retrieval",
+                "summarization" (`generate.embedding.TASKS`). None: the texts alone.
+            title: of documents.
+            dim: keeps the first components: the model was trained for 768 (all), 512, 256 and 128.
+            truncate: cut texts longer than the context; else they are a ValueError.
+
+        Raises: ValueError for a model that does not embed, an unknown task, another dim.
+        """
+        dimension = embedding.check_dimension(dim, self.config)
+        prefix = embedding.prompt_of(task, title)
+        if self.tokenizer is None:
+            raise ValueError(f"{self.config.name} was loaded without a tokenizer, which embed needs")
+        several = [texts] if isinstance(texts, str) else list(texts)
+        if wrong := [text for text in several if not isinstance(text, str)]:
+            raise TypeError(f"texts holds a {type(wrong[0]).__name__}; wanted texts")
+        if not several:
+            return np.zeros((0, dimension), np.float32)
+        eos = self.tokenizer.eos_id
+        rows = [[*self.tokenizer.encode(prefix + text), eos] for text in several]
+        found = embedding.embed(self.model, embedding.cut(rows, self.config, truncate, eos), dimension)
+        return found[0] if isinstance(texts, str) else found
+
+    def classify_image(
+        self,
+        image: Any,
+        policies: Sequence[str] | Mapping[str, str] | None = None,
+        *,
+        image_options: ImageOptions = ImageOptions(hf_compat=True),
+    ) -> dict[str, float]:
+        """The probability that an image violates each policy, by its name. For ShieldGemma 2.
+
+        Args:
+            image: what `generate` takes as an image.
+            policies: names of some of the model's own ("dangerous", "sexual", "violence"), or your own texts as
+                {name: text}. None: all its own.
+            image_options: as the release's processor prepares images, unless told otherwise; without pan and scan.
+
+        Raises: ValueError for unknown policies and models without tower or tokenizer; ImageError.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self.config.name} was loaded without a tokenizer, which classify_image needs")
+        if image_options.pan_and_scan:
+            raise ValueError("ShieldGemma sees the whole image only; leave pan_and_scan out")
+        texts = shieldgemma.chosen(policies)
+        size = vision.tower_of(self.config).image_size
+        pixels = media.prepare(image, size, image_options)
+        tokenizer, config = self.tokenizer, self.config
+        ids = [
+            prompting.assemble(shieldgemma.prompt(pixels[0], text), tokenizer, config, image_options).ids
+            for text in texts.values()
+        ]
+        index = vision.soft_indices(ids, len(ids), config)
+        vectors = jnp.broadcast_to(self.see(pixels), (len(ids), vision.tower_of(config).num_soft_tokens, config.width))
+        answers = [tokenizer.id_of(shieldgemma.YES), tokenizer.id_of(shieldgemma.NO)]
+        ids = [np.where(part >= 0, 0, row).tolist() for part, row in zip(index, ids, strict=True)]
+        logits = next_logits(self.model, ids, answers, Images(vectors, index)).astype(np.float64)
+        violated = 1 / (1 + np.exp(logits[:, 1] - logits[:, 0]))
+        return dict(zip(texts, violated.tolist(), strict=True))
 
     def save(
         self,

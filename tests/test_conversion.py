@@ -22,6 +22,7 @@ from gemma_jax.configs import registry
 from gemma_jax.configs.config import ConfigError
 from gemma_jax.configs.gemma3 import GEMMA3_270M, five_to_one
 from gemma_jax.configs.serialise import to_data
+from gemma_jax.generate import embedding as vectors
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.layers import CPU_LAYOUT
 from gemma_jax.text.tokenizer import Tokenizer
@@ -275,6 +276,21 @@ def test_the_decoder_of_an_embedding_model_computes_what_transformers_does(embed
     assert not gemma.config.attention.is_causal
     found = np.asarray(gemma.hidden_states(tokens, mask=mask))[-1]
     np.testing.assert_allclose(found[mask], wanted[mask], atol=2e-5)
+
+
+def test_embeddings_are_transformers(embedding):
+    with np.load(FIXTURES / "embeddinggemma.npz") as file:
+        tokens, mask, wanted = file["x:input_ids"], file["x:mask"].astype(bool), file["x:embedding"]
+    gemma = gj.load(embedding)
+    rows = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
+    found = vectors.embed(gemma.model, rows, 48)
+    np.testing.assert_allclose(found, wanted, atol=2e-6)
+    np.testing.assert_allclose(vectors.embed(gemma.model, rows[:1], 48)[0], found[0], atol=2e-6)
+    short = vectors.embed(gemma.model, rows, 8)
+    np.testing.assert_allclose(np.linalg.norm(short, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(short, wanted[:, :8] / np.linalg.norm(wanted[:, :8], axis=1, keepdims=True), atol=2e-6)
+    with pytest.raises(ValueError, match="so it continues no text; it makes embeddings"):
+        gemma.generate([2, 5])
 
 
 def test_deepmind_has_no_place_for_dense_layers(embedding, tmp_path):

@@ -138,7 +138,7 @@ class DecoderConfig:
     @property
     def runnable(self) -> "DecoderConfig":
         """The same without what is only converted and not run yet."""
-        config = self.replace_all([("audio", None), ("dense_widths", ())])
+        config = self.replace("audio", None)
         return config if isinstance(config.vision, VisionConfig) else config.replace("vision", None)
 
     @property

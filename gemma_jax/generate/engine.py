@@ -231,6 +231,21 @@ def prefill(
     return cache, last
 
 
+@jax.jit
+def _chosen_logits(model: Decoder, last: Float[Array, "B D"], ids: Int[Array, " n"]) -> Float[Array, "B n"]:
+    return model.logits(last)[:, ids]
+
+
+def next_logits(
+    model: Decoder, prompts: Sequence[Sequence[int]], ids: Sequence[int], images: Images | None = None
+) -> Float[np.ndarray, "B n"]:
+    """Logits of some ids for the token after each prompt, float32. Raises ValueError as `Session` does."""
+    check_prompts(model, prompts)
+    capacity = capacity_bucket(max(map(len, prompts)))
+    _, last = prefill(model, prompts, capacity, images=images)
+    return np.asarray(_chosen_logits(model, last, jnp.asarray(ids)))
+
+
 @dataclass(frozen=True)
 class Step:
     """What one chunk brought for one row, on the host."""
@@ -258,6 +273,11 @@ class Session:
         images: Images | None = None,
     ):
         check_prompts(model, prompts)
+        if not model.config.attention.is_causal:
+            raise ValueError(
+                f"{model.config.name} looks at later tokens too (attention.is_causal is False), so it continues no "
+                "text; it makes embeddings"
+            )
         for row in params:
             if (row.logprobs or 0) > model.config.vocab_size:
                 raise ValueError(f"logprobs is {row.logprobs}, but there are only {model.config.vocab_size} tokens")

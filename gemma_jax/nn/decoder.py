@@ -1,11 +1,12 @@
 """The decoder of Gemma 1, 2 and 3: one implementation, all sizes. Start reading at `Decoder.__call__`."""
 
+import itertools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gemma_jax.configs.config import ConfigError, DecoderConfig, LayerSpec, VisionConfig
 from gemma_jax.nn.attention import Attention
@@ -70,8 +71,18 @@ def _apply(
     return layer(x, where, cache, lengths)
 
 
+class Dense(nnx.Module):
+    """A linear layer without bias behind EmbeddingGemma's mean."""
+
+    def __init__(self, width: int, out: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (width, out), dtype) * width**-0.5, dims="I O")
+
+    def __call__(self, x: Float[Array, "B I"]) -> Float[Array, "B O"]:
+        return x @ self.kernel[...].astype(x.dtype)
+
+
 class Stem(nnx.Module):
-    """What stands around the layers: token table, final norm, head. `Decoder` and `ScannedDecoder` add the layers."""
+    """What stands around the layers: token table, tower, final norm, head. `Decoder`, `ScannedDecoder` add layers."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype | str, layout: Layout):
         refuse_unbuilt(config)
@@ -89,10 +100,26 @@ class Stem(nnx.Module):
         if isinstance(config.vision, VisionConfig):
             self.vision = Siglip(config.vision, rngs=rngs, dtype=dtype)
             self.mm = Projector(config.vision, config.width, config.norm, rngs=rngs, dtype=dtype)
+        widths = (config.width, *config.dense_widths)
+        self.dense = nnx.List([Dense(*sizes, rngs=rngs, dtype=dtype) for sizes in itertools.pairwise(widths)])
 
-    def see(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B M D"]:
-        """The soft tokens of images; pixels between -1 and 1, in the size that the config's tower wants."""
-        return self.mm(self.vision(pixels))
+    def see(self, pixels: Float[Array, "B height width 3"], *, is_tower_trained: bool = False) -> Float[Array, "B M D"]:
+        """The soft tokens of images; pixels between -1 and 1, in the size that the config's tower wants.
+
+        No gradient reaches the tower unless `is_tower_trained`: Gemma 3 was trained with a frozen one (report, sec. 2).
+        """
+        patches = self.vision(pixels)
+        return self.mm(patches if is_tower_trained else jax.lax.stop_gradient(patches))
+
+    def pool(self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> Float[Array, "B E"]:
+        """EmbeddingGemma's vector of a text, not normalised: the mean over all real tokens, BOS, prompt and EOS among
+        them, through the dense layers; in float32.
+        """
+        total = jnp.sum(jnp.where(mask[..., None], x.astype(jnp.float32), 0.0), axis=1)
+        mean = total / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+        for layer in self.dense:
+            mean = layer(mean)
+        return mean
 
     def embed(self, tokens: Int[Array, "B T"], inserted: Inserted | None = None) -> Float[Array, "B T D"]:
         """Rows of the table times sqrt(D), that factor rounded to the table's dtype first (1152: 34.0 in bfloat16)."""
