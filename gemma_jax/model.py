@@ -21,6 +21,8 @@ from gemma_jax.generate.sampling import SamplingParams
 from gemma_jax.generate.scoring import Score
 from gemma_jax.media import vision
 from gemma_jax.nn.decoder import Decoder, Inserted
+from gemma_jax.nn.edited import Edited, edited
+from gemma_jax.nn.edits import Base as Edit
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.paths import weights
 from gemma_jax.text.chat import encode_chat
@@ -33,12 +35,12 @@ Prompt = str | Sequence[int]
 
 
 @jax.jit
-def _logits(model: Decoder, tokens: jax.Array, where: Places, inserted: Inserted | None) -> jax.Array:
+def _logits(model: Decoder | Edited, tokens: jax.Array, where: Places, inserted: Inserted | None) -> jax.Array:
     return model(tokens, where, inserted)
 
 
 @jax.jit
-def _hidden_states(model: Decoder, tokens: jax.Array, where: Places, inserted: Inserted | None) -> jax.Array:
+def _hidden_states(model: Decoder | Edited, tokens: jax.Array, where: Places, inserted: Inserted | None) -> jax.Array:
     return model.hidden_states(tokens, where, inserted)
 
 
@@ -62,6 +64,7 @@ class Gemma:
         *,
         images: Float[Array, "N height width 3"] | None = None,
         seed: int | Sequence[int] | None = None,
+        edits: Sequence[Edit] = (),
         **sampling: Any,
     ) -> Any:
         """Continues a prompt, or each of several.
@@ -71,6 +74,8 @@ class Gemma:
             images: as for `logits`; their places are in prompts of ids.
             seed: makes sampling repeatable. A row's draws depend on its seed and prompt alone, not on its batch, so
                 equal prompts with one seed give equal answers; give a list of seeds, one a prompt, for different ones.
+            edits: changes of the forward pass, the same for all rows, in prompt and answer: steering, patches,
+                ablations; see `gemma_jax.interp`.
             **sampling: fields of `SamplingParams`: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p,
                 repetition_penalty, stop (a text or several), logprobs, ignore_eos.
 
@@ -78,7 +83,8 @@ class Gemma:
         Raises: ValueError for bad values, empty or too long prompts, ids outside the vocabulary.
         """
         is_single = _is_single(prompt)
-        session = self._session([prompt] if is_single else list(prompt), seed, sampling, images)  # pyright: ignore
+        prompts: Any = [prompt] if is_single else list(prompt)
+        session = self._session(prompts, seed, sampling, images, edits)
         done = complete(session, self.tokenizer, self.stop_ids)
         return done[0] if is_single else done
 
@@ -88,12 +94,13 @@ class Gemma:
         *,
         images: Float[Array, "N height width 3"] | None = None,
         seed: int | None = None,
+        edits: Sequence[Edit] = (),
         **sampling: Any,
     ) -> Iterator[Piece]:
         """Continues one prompt; yields pieces of whole characters as they come, the last with a finish_reason."""
         if not _is_single(prompt):
             raise ValueError("stream continues one prompt; use generate for a batch")
-        session = self._session([prompt], seed, sampling, images)
+        session = self._session([prompt], seed, sampling, images, edits)
         return (piece for (piece,) in pieces(session, answers(session, self.tokenizer, self.stop_ids)))
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **sampling: Any) -> Completion:
@@ -115,6 +122,7 @@ class Gemma:
         images: Float[Array, "N height width 3"] | None = None,
         *,
         mask: Bool[Array, "B T"] | None = None,
+        edits: Sequence[Edit] = (),
     ) -> Float[Array, "B T V"]:
         """Unnormalised log-probabilities of the next token after every token, float32.
 
@@ -122,11 +130,13 @@ class Gemma:
             tokens: ids; each image is `config.vision.num_soft_tokens` times `config.vision.soft_token` in a row.
             images: in the order in which they stand in the rows, row after row; between -1 and 1, in the tower's size.
             mask: False at padding, left or right; what stands at padding has no meaning.
+            edits: changes of the forward pass; see `gemma_jax.interp`.
 
         B*T*V*4 bytes are needed. T may pass the context here and in `hidden_states`, for research into what a model
         does there. Raises ValueError for ids outside the vocabulary, and images that are not those of the tokens.
         """
-        return _logits(self.model, *self._batch(tokens, images, mask))
+        batch = self.batch(tokens, images, mask)
+        return _logits(edited(self.model, edits, len(batch[0])), *batch)
 
     def hidden_states(
         self,
@@ -134,9 +144,11 @@ class Gemma:
         images: Float[Array, "N height width 3"] | None = None,
         *,
         mask: Bool[Array, "B T"] | None = None,
+        edits: Sequence[Edit] = (),
     ) -> Float[Array, "L+1 B T D"]:
         """The stream before the first layer and after each; the last after the final norm (Hugging Face's order)."""
-        return _hidden_states(self.model, *self._batch(tokens, images, mask))
+        batch = self.batch(tokens, images, mask)
+        return _hidden_states(edited(self.model, edits, len(batch[0])), *batch)
 
     def see(self, images: Float[Array, "N height width 3"]) -> Float[Array, "N M D"]:
         """The soft tokens of images, as the decoder gets them. Raises ValueError for another size or no tower."""
@@ -144,7 +156,7 @@ class Gemma:
 
     def score(self, prompt: Prompt) -> Score:
         """Log-probability of each token of a text (or list of ids) given those before, mean nll and perplexity."""
-        return scoring.score(self.model, self._ids(prompt))
+        return scoring.score(self.model, self.ids(prompt))
 
     def save(
         self,
@@ -187,7 +199,8 @@ class Gemma:
             return self.tokenizer.eos_id, self.tokenizer.end_of_turn_id
         return tuple(i for i in STOP_IDS if i < self.config.vocab_size)
 
-    def _batch(self, tokens: Any, images: Any, mask: Any) -> tuple[jax.Array, Places, Inserted | None]:
+    def batch(self, tokens: Any, images: Any = None, mask: Any = None) -> tuple[jax.Array, Places, Inserted | None]:
+        """What a decoder takes for checked tokens, images and mask; see `logits`."""
         array = np.asarray(tokens)
         if array.ndim != 2 or not array.size:
             raise ValueError(f"tokens has shape {array.shape}; wanted [B, T] with at least one token")
@@ -208,7 +221,8 @@ class Gemma:
         inserted = Inserted(vectors.reshape(-1, vectors.shape[-1]), jnp.asarray(index))
         return jnp.asarray(ids, jnp.int32), where, inserted
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def ids(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt. Raises ValueError for an empty text, and for a text without a tokenizer."""
         if not isinstance(prompt, str):
             return list(prompt)
         if self.tokenizer is None:
@@ -218,7 +232,7 @@ class Gemma:
         return self.tokenizer.encode(prompt, bos=True)
 
     def _session(
-        self, prompts: Sequence[Prompt], seed: Any, sampling: Mapping[str, Any], images: Any = None
+        self, prompts: Sequence[Prompt], seed: Any, sampling: Mapping[str, Any], images: Any, edits: Sequence[Edit]
     ) -> Session:
         stop = sampling.get("stop")
         stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
@@ -231,12 +245,12 @@ class Gemma:
                 f"{len(seeds)} seeds were given for {len(prompts)} prompts; give one each, or a single one"
             )
         rows = [dataclasses.replace(params, seed=one) for one in seeds]
-        ids, inserted = [self._ids(prompt) for prompt in prompts], None
+        ids, inserted = [self.ids(prompt) for prompt in prompts], None
         if images is not None:
             index = vision.soft_indices(ids, len(images), self.config)
             ids = [np.where(part >= 0, 0, row).tolist() for part, row in zip(index, ids, strict=True)]
             inserted = Images(self.see(images), index)
-        return Session(self.model, ids, rows, self.stop_ids, images=inserted)
+        return Session(edited(self.model, edits, len(ids)), ids, rows, self.stop_ids, images=inserted)
 
     def _chat_prompt(self, messages: Sequence[Mapping[str, Any]], sampling: dict[str, Any]) -> tuple[list[int]]:
         if self.tokenizer is None:
