@@ -22,7 +22,7 @@ from gemma_jax.generate.scoring import Score
 from gemma_jax.media import vision
 from gemma_jax.nn.decoder import Decoder, Inserted
 from gemma_jax.nn.edited import Edited, edited
-from gemma_jax.nn.edits import Base as Edit
+from gemma_jax.nn.edits import Edit
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.paths import weights
 from gemma_jax.text.chat import encode_chat

@@ -15,7 +15,7 @@ generation `edits=[Apply("embed", function)]` with a function that gives back wh
 
 from gemma_jax.interp.activations import capture, encode, run
 from gemma_jax.interp.lens import Lens, logit_lens
-from gemma_jax.nn.edits import Ablate, Add, Apply, Patch, Scale
+from gemma_jax.nn.edits import Ablate, Add, Apply, Edit, Patch, Scale
 from gemma_jax.nn.sites import Taps
 
-__all__ = ["Ablate", "Add", "Apply", "Lens", "Patch", "Scale", "Taps", "capture", "encode", "logit_lens", "run"]
+__all__ = ["Ablate", "Add", "Apply", "Edit", "Lens", "Patch", "Scale", "Taps", "capture", "encode", "logit_lens", "run"]

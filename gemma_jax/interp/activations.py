@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gemma_jax.generate.engine import check_prompts
 from gemma_jax.model import Gemma, Prompt
 from gemma_jax.nn.decoder import Decoder, Inserted
-from gemma_jax.nn.edits import Base as Edit
-from gemma_jax.nn.edits import prepared
+from gemma_jax.nn.edits import Edit, prepared
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.sites import Taps, find
 

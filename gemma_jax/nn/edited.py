@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from gemma_jax.configs.config import DecoderConfig
 from gemma_jax.nn.cache import Cache
 from gemma_jax.nn.decoder import Decoder, Inserted
-from gemma_jax.nn.edits import Base, prepared
+from gemma_jax.nn.edits import Edit, prepared
 from gemma_jax.nn.layers import RMSNorm
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.sites import Taps
@@ -22,7 +22,7 @@ class Edited:
     """Calls the decoder with `edits` at their sites. Weights and the edits' arrays are leaves, the rest is static."""
 
     decoder: Decoder
-    edits: tuple[Base, ...]
+    edits: tuple[Edit, ...]
 
     @property
     def config(self) -> DecoderConfig:
@@ -54,7 +54,7 @@ class Edited:
         return Taps(self.decoder.config, self.edits)
 
 
-def edited(decoder: Decoder, edits: Sequence[Base], batch: int) -> Decoder | Edited:
+def edited(decoder: Decoder, edits: Sequence[Edit], batch: int) -> Decoder | Edited:
     """The decoder with edits of `batch` rows, or itself if they leave it as it is. Raises as `prepared` does."""
     ready = prepared(decoder.config, edits, batch)
     return Edited(decoder, ready) if ready else decoder

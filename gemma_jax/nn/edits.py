@@ -56,7 +56,7 @@ class Spans:
         return jnp.any((each >= self.start) & (each < self.stop), axis=-1)
 
 
-class Base:
+class Edit:
     """What all edits share. `new` gives values for all places; they go where `positions` says."""
 
     site: str
@@ -87,7 +87,7 @@ class Base:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Add(Base):
+class Add(Edit):
     """Adds scale * vector, in float32 before it is rounded to the site's dtype: steering."""
 
     site: str = field(metadata={"static": True})
@@ -109,7 +109,7 @@ class Add(Base):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Patch(Base):
+class Patch(Edit):
     """Puts values in: `values[:, p]` at position p. Beyond the last of them it does nothing.
 
     What `capture` gave of rows without padding, or with padding on the right, fits as it is.
@@ -136,7 +136,7 @@ class Patch(Base):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Scale(Base):
+class Scale(Edit):
     """Multiplies by `factor`: all of a site, or what `units` lists: heads of `heads`, neurons of `mlp_hidden`."""
 
     site: str = field(metadata={"static": True})
@@ -158,7 +158,7 @@ class Scale(Base):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Ablate(Base):
+class Ablate(Edit):
     """Puts zero, or `mean`, in place of all of a site or of the heads or neurons that `units` lists.
 
     Ablate("layers.3.*_out") takes out layer 3: attention and ffw add nothing to the stream.
@@ -179,7 +179,7 @@ class Ablate(Base):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Apply(Base):
+class Apply(Edit):
     """Calls `function(x, *operands)`, pure JAX, which gives an array of x's shape.
 
     The function is part of the program: use one object again and again (not a new lambda each time, which compiles
@@ -198,13 +198,13 @@ class Apply(Base):
         return jnp.asarray(new)
 
 
-def prepared(config: DecoderConfig, edits: Sequence[Base], batch: int) -> tuple[Base, ...]:
+def prepared(config: DecoderConfig, edits: Sequence[Edit], batch: int) -> tuple[Edit, ...]:
     """The edits as arrays on the device, without those that by their own values do nothing (zero vector, factor 1).
 
     So steering with a zero vector is the plain forward. Raises TypeError or ValueError for what is no edit, has no
     site, or does not fit its site.
     """
-    if isinstance(edits, Base) or not all(isinstance(edit, Base) for edit in edits):
+    if isinstance(edits, Edit) or not all(isinstance(edit, Edit) for edit in edits):
         raise TypeError(f"edits is {edits!r}; wanted a list of Add, Patch, Scale, Ablate and Apply")
     shapes = sites.shapes(config)
     for edit in edits:
@@ -232,14 +232,14 @@ def _in_units(units: Any, new: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(is_meant.reshape(-1, *[1] * (x.ndim - 3)), new, x)
 
 
-def _check_broadcast(edit: Base, what: str, value: Any, shape: tuple[int, ...]) -> None:
+def _check_broadcast(edit: Edit, what: str, value: Any, shape: tuple[int, ...]) -> None:
     got = np.shape(value)
     if len(got) > len(shape) or any(a not in (1, b) for a, b in zip(got[::-1], shape[::-1], strict=False)):
         wanted = f"[{', '.join(map(str, shape))}]" if shape else "a number"
         raise ValueError(f"{type(edit).__name__} at {edit.site!r}: {what} has shape {got}; wanted {wanted}")
 
 
-def _check_units(edit: Base, units: Any, shape: tuple[int, ...]) -> None:
+def _check_units(edit: Edit, units: Any, shape: tuple[int, ...]) -> None:
     if units is None or isinstance(units, Tracer):
         return
     array = np.asarray(units)

@@ -34,7 +34,7 @@ from gemma_jax.nn.masks import Places
 MAPS = "attn_weights"
 
 
-class Edit(Protocol):
+class Change(Protocol):
     """A change at the sites that `site` names; see `nn/edits.py`."""
 
     @property
@@ -97,7 +97,7 @@ class Taps:
     without a rounding between, and keeps bfloat16 values in float32 on the way; it differs in the last bits.
     """
 
-    def __init__(self, config: DecoderConfig, edits: Sequence[Edit] = (), sites: Iterable[str] = ()):
+    def __init__(self, config: DecoderConfig, edits: Sequence[Change] = (), sites: Iterable[str] = ()):
         self.names = shapes(config)
         self.edits, self.wanted = tuple(edits), frozenset(find(config, sites))
         self.captured: dict[str, jax.Array] = {}

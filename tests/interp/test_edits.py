@@ -92,6 +92,24 @@ def test_generation_with_edits_that_change_nothing_is_the_baseline_bit_for_bit(g
     assert drawn(gemma, [long], [zero], prefill_chunk=16) == drawn(gemma, [long], [BASELINE], prefill_chunk=16)
 
 
+def test_a_plain_forward_has_no_trace_of_the_sites(gemma, tokens):
+    """What keeps the sites of an edited forward apart is a conditional on CPU, a barrier elsewhere."""
+    decoder, array, where = gemma.model, jnp.asarray(tokens), Places.plain(2, 16)
+    steered = edited(decoder, [Add("embed", VECTOR)], 2)
+    plain, other = (jax.jit(lambda m, *inputs: m(*inputs)).lower(m, array, where).as_text() for m in (decoder, steered))
+    for trace in ("stablehlo.case", "optimization_barrier"):
+        assert trace not in plain
+    assert "stablehlo.case" in other or "optimization_barrier" in other
+
+
+def test_a_stream_is_edited_as_generation_is(gemma, tokens):
+    prompt, edits = tokens[0].tolist(), [Add("layers.1.resid_post", VECTOR, 2.0)]
+    pieces = gemma.stream(prompt, max_new_tokens=6, edits=edits)
+    want = gemma.generate(prompt, max_new_tokens=6, edits=edits).tokens
+    assert [token for piece in pieces for token in piece.tokens] == want
+    assert want != gemma.generate(prompt, max_new_tokens=6).tokens
+
+
 def test_an_edited_forward_differs_from_the_plain_one_by_rounding_alone(gemma, tokens):
     np.testing.assert_allclose(interp.run(gemma, tokens), gemma.logits(tokens), atol=TOLERANCE, rtol=0)
 
