@@ -56,6 +56,8 @@ def test_every_site_patched_with_its_own_values_changes_nothing_bit_for_bit(make
     gemma = Gemma(config, with_random_norms(Decoder(config, rngs=nnx.Rngs(3), dtype=dtype)))
     tokens = np.random.default_rng(2).integers(0, 128, (2, 16))
     names = [name for name in sites.shapes(config) if not name.endswith("attn_weights")]
+    if dtype == "bfloat16":  # where XLA would keep values unrounded; compiling for bfloat16 takes long on CPU
+        names = [name for name in names if name.endswith(("embed", "heads", "_mid", "_out", "_post", "logits"))]
     own = interp.capture(gemma, tokens, names)
     assert own["layers.0.heads"].dtype == dtype
     want = np.asarray(interp.run(gemma, tokens))
@@ -64,6 +66,8 @@ def test_every_site_patched_with_its_own_values_changes_nothing_bit_for_bit(make
     np.testing.assert_array_equal(
         gemma.logits(tokens, edits=[Patch("layers.0.mlp_out", own["layers.0.mlp_out"])]), want
     )
+    if dtype == "bfloat16":
+        return
     zeros = [Apply(name, add_zero, (jnp.zeros(2),)) for name in names]
     np.testing.assert_array_equal(gemma.logits(tokens, edits=zeros), want)
 
@@ -86,8 +90,8 @@ def test_generation_with_edits_that_change_nothing_is_the_baseline_bit_for_bit(g
     prompt = np.random.default_rng(5).integers(0, 128, 16).tolist()
     long = np.random.default_rng(6).integers(0, 128, 45).tolist()
     want = drawn(gemma, [prompt], [BASELINE])
-    own = interp.capture(gemma, [prompt], ["layers.1.resid_post"])["layers.1.resid_post"]
-    assert drawn(gemma, [prompt], [Patch("layers.1.resid_post", own)]) == want
+    own = interp.capture(gemma, [prompt], ["layers.0.resid_post"])["layers.0.resid_post"]
+    assert drawn(gemma, [prompt], [Patch("layers.0.resid_post", own)]) == want
     zero = Apply("layers.*.resid_post", add_zero, (jnp.zeros(2),))
     assert drawn(gemma, [long], [zero], prefill_chunk=16) == drawn(gemma, [long], [BASELINE], prefill_chunk=16)
 
@@ -103,7 +107,7 @@ def test_a_plain_forward_has_no_trace_of_the_sites(gemma, tokens):
 
 
 def test_a_stream_is_edited_as_generation_is(gemma, tokens):
-    prompt, edits = tokens[0].tolist(), [Add("layers.1.resid_post", VECTOR, 2.0)]
+    prompt, edits = tokens[0].tolist(), [Add("layers.1.resid_post", VECTOR, 5.0, [15])]
     pieces = gemma.stream(prompt, max_new_tokens=6, edits=edits)
     want = gemma.generate(prompt, max_new_tokens=6, edits=edits).tokens
     assert [token for piece in pieces for token in piece.tokens] == want
@@ -115,15 +119,15 @@ def test_an_edited_forward_differs_from_the_plain_one_by_rounding_alone(gemma, t
 
 
 def test_a_patch_from_another_prompt_gives_what_the_layers_above_make_of_it(gemma, tokens):
-    """The stream after layer 1, at positions 3 to 6 that of another prompt, through layer 2, norm and head by hand."""
+    """The stream after layer 0, at positions 3 to 6 that of another prompt, through layer 1, norm and head by hand."""
     other = np.random.default_rng(9).integers(0, 128, (1, 16))
-    values = interp.capture(gemma, other, ["layers.1.resid_post"])["layers.1.resid_post"]
-    x = gemma.hidden_states(tokens)[2].at[:, 3:7].set(values[:, 3:7])
+    values = interp.capture(gemma, other, ["layers.0.resid_post"])["layers.0.resid_post"]
+    x = gemma.hidden_states(tokens)[1].at[:, 3:7].set(values[:, 3:7])
     decoder = gemma.model
-    x, _ = jax.jit(lambda layer, x: layer(x, Places.plain(2, 16)))(decoder.layers[2], x)
+    x, _ = jax.jit(lambda layer, x: layer(x, Places.plain(2, 16)))(decoder.layers[1], x)
     want = decoder.logits(decoder.final_norm(x))
     for positions in (range(3, 7), slice(3, 7), [3, 4, 5, 6], jnp.arange(3, 7)):
-        got = gemma.logits(tokens, edits=[Patch("layers.1.resid_post", values, positions)])
+        got = gemma.logits(tokens, edits=[Patch("layers.0.resid_post", values, positions)])
         np.testing.assert_allclose(got, want, atol=TOLERANCE, rtol=0)
     assert np.abs(got - gemma.logits(tokens)).max() > 0.1
 
@@ -139,9 +143,9 @@ def test_an_ablated_head_is_a_head_without_its_rows_of_w_o(gemma, tokens):
 
 def test_an_ablated_layer_is_a_layer_less(gemma, tokens):
     config = gemma.config
-    decoder = Decoder(config.replace("layers", (config.layers[0], config.layers[2])), rngs=nnx.Rngs(0))
+    decoder = Decoder(config.replace("layers", (config.layers[0],)), rngs=nnx.Rngs(0))
     decoder.embedder, decoder.final_norm = gemma.model.embedder, gemma.model.final_norm
-    decoder.layers = nnx.List([gemma.model.layers[0], gemma.model.layers[2]])
+    decoder.layers = nnx.List([gemma.model.layers[0]])
     want = Gemma(decoder.config, decoder).logits(tokens)
     got = gemma.logits(tokens, edits=[Ablate("layers.1.*_out")])
     np.testing.assert_allclose(got, want, atol=TOLERANCE, rtol=0)
@@ -158,7 +162,7 @@ def test_a_mean_takes_the_place_of_neurons_and_edits_go_in_the_order_given(gemma
 EDITS = [
     Add("layers.1.resid_post", VECTOR, 2.0),
     Add("layers.0.v", np.ones((2, 8)), positions=slice(20, None)),
-    Patch("layers.2.mlp_out", np.random.default_rng(3).normal(size=(1, 40, 32)), [2, 17, 18, 36, 39]),
+    Patch("layers.1.mlp_out", np.random.default_rng(3).normal(size=(1, 40, 32)), [2, 17, 18, 36, 39]),
     Scale("layers.0.heads", 0.3, [1, 3], range(5, 30)),
     Add("logits", np.random.default_rng(4).normal(size=128), 3.0, slice(37, None)),
 ]
@@ -175,7 +179,7 @@ def test_generation_with_edits_is_the_whole_forward_with_edits_again_and_again(g
         logits = np.asarray(gemma.logits(row, edits=EDITS))[0, len(prompt) - 1 : len(prompt) + 9]
         assert ids == logits.argmax(-1).tolist()
         np.testing.assert_allclose(logprobs, jax.nn.log_softmax(logits)[np.arange(10), ids], atol=1e-4)
-    assert [ids for ids, _ in got] != [ids for ids, _ in drawn(gemma, prompts, [], prefill_chunk=chunk)]
+        assert ids != np.asarray(gemma.logits(row))[0, len(prompt) - 1 : len(prompt) + 9].argmax(-1).tolist()
 
 
 def test_padding_does_not_move_the_positions_of_edits(gemma):
