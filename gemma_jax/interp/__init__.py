@@ -7,9 +7,10 @@
     logits = gemma.logits(tokens, edits=[interp.Patch("layers.5.resid_post", acts["layers.5.resid_post"])])
     without = interp.run(gemma, tokens, edits=[interp.Ablate("layers.7.heads", units=[2])])
 
-The sites are listed in `gemma_jax/nn/sites.py`, the edits in `gemma_jax/nn/edits.py`. A new vector, or
-other positions of the same number, compile nothing anew. A zero vector and a factor of 1 are left out: the plain model.
- Forwards that are edited or captured agree bit for bit where no edit changed anything; the plain forward is fused
+The sites are listed in `gemma_jax/nn/sites.py`, the edits in `gemma_jax/nn/edits.py`. A new vector, or other positions
+of the same number, compile nothing anew. A zero vector and a factor of 1 are left out: that is the plain forward.
+
+Forwards that are edited or captured agree bit for bit where no edit changed anything. The plain forward is fused
 otherwise by XLA and differs from them in the last bits. `run` without edits is the baseline to compare with, and in
 generation `edits=[Apply("embed", function)]` with a function that gives back what it got.
 """
