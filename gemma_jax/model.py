@@ -24,6 +24,8 @@ from gemma_jax.media import images as media
 from gemma_jax.media import vision
 from gemma_jax.media.images import ImageOptions
 from gemma_jax.nn.decoder import Decoder, Inserted
+from gemma_jax.nn.edited import Edited, edited
+from gemma_jax.nn.edits import Edit
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.paths import weights
 from gemma_jax.prompts import Prompt
@@ -38,12 +40,12 @@ Text = str | Sequence[int]
 
 
 @jax.jit
-def _logits(model: Decoder, tokens: jax.Array, where: Places, inserted: Inserted | None) -> jax.Array:
+def _logits(model: Decoder | Edited, tokens: jax.Array, where: Places, inserted: Inserted | None) -> jax.Array:
     return model(tokens, where, inserted)
 
 
 @jax.jit
-def _hidden_states(model: Decoder, tokens: jax.Array, where: Places, inserted: Inserted | None) -> jax.Array:
+def _hidden_states(model: Decoder | Edited, tokens: jax.Array, where: Places, inserted: Inserted | None) -> jax.Array:
     return model.hidden_states(tokens, where, inserted)
 
 
@@ -68,6 +70,7 @@ class Gemma:
         images: Any = None,
         image_options: ImageOptions = ImageOptions(),
         seed: int | Sequence[int] | None = None,
+        edits: Sequence[Edit] = (),
         **sampling: Any,
     ) -> Any:
         """Continues a prompt, or each of several.
@@ -80,6 +83,8 @@ class Gemma:
             image_options: how they are prepared; pan and scan is chosen here.
             seed: makes sampling repeatable. A row's draws depend on its seed and prompt alone, not on its batch, so
                 equal prompts with one seed give equal answers; give a list of seeds, one a prompt, for different ones.
+            edits: changes of the forward pass, the same for all rows, in prompt and answer: steering, patches,
+                ablations; see `gemma_jax.interp`.
             **sampling: fields of `SamplingParams`: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p,
                 repetition_penalty, stop (a text or several), logprobs, ignore_eos.
 
@@ -89,7 +94,7 @@ class Gemma:
         is_single = _is_single(prompt)
         prompts: Any = [prompt] if is_single else list(prompt)
         read = prompting.assemble_all(prompts, images, self.tokenizer, self.config, image_options)
-        done = complete(self._session(read, seed, sampling), self.tokenizer, self.stop_ids)
+        done = complete(self._session(read, seed, sampling, edits), self.tokenizer, self.stop_ids)
         return done[0] if is_single else done
 
     def stream(
@@ -99,14 +104,14 @@ class Gemma:
         images: Any = None,
         image_options: ImageOptions = ImageOptions(),
         seed: int | None = None,
+        edits: Sequence[Edit] = (),
         **sampling: Any,
     ) -> Iterator[Piece]:
         """Continues one prompt; yields pieces of whole characters as they come, the last with a finish_reason."""
         if not _is_single(prompt):
             raise ValueError("stream continues one prompt; use generate for a batch")
-        return self._stream(
-            prompting.assemble_all([prompt], images, self.tokenizer, self.config, image_options), seed, sampling
-        )
+        read = prompting.assemble_all([prompt], images, self.tokenizer, self.config, image_options)
+        return self._stream(read, seed, sampling, edits)
 
     def chat(
         self,
@@ -114,6 +119,7 @@ class Gemma:
         *,
         image_options: ImageOptions = ImageOptions(),
         seed: int | None = None,
+        edits: Sequence[Edit] = (),
         **sampling: Any,
     ) -> Completion:
         """Answers a conversation of OpenAI-style messages ({"role": ..., "content": ...}).
@@ -125,8 +131,10 @@ class Gemma:
 
         Raises: ChatError (a ValueError) for roles out of order and parts of another kind; ImageError, a ValueError too.
         """
-        session = self._session([self._chat_prompt(messages, image_options)], seed, self._chat_sampling(sampling))
-        return complete(session, self.tokenizer, self.stop_ids)[0]
+        prompt = self._chat_prompt(messages, image_options)
+        return complete(
+            self._session([prompt], seed, self._chat_sampling(sampling), edits), self.tokenizer, self.stop_ids
+        )[0]
 
     def stream_chat(
         self,
@@ -134,10 +142,11 @@ class Gemma:
         *,
         image_options: ImageOptions = ImageOptions(),
         seed: int | None = None,
+        edits: Sequence[Edit] = (),
         **sampling: Any,
     ) -> Iterator[Piece]:
         """`chat` as a stream of pieces."""
-        return self._stream([self._chat_prompt(messages, image_options)], seed, self._chat_sampling(sampling))
+        return self._stream([self._chat_prompt(messages, image_options)], seed, self._chat_sampling(sampling), edits)
 
     def logits(
         self,
@@ -145,6 +154,7 @@ class Gemma:
         images: Any = None,
         *,
         mask: Bool[Array, "B T"] | None = None,
+        edits: Sequence[Edit] = (),
     ) -> Float[Array, "B T V"]:
         """Unnormalised log-probabilities of the next token after every token, float32.
 
@@ -153,11 +163,13 @@ class Gemma:
             images: in the order in which they stand in the rows, row after row: what `generate` takes, or pixels float
                 [N, height, width, 3] in the tower's size, between -1 and 1.
             mask: False at padding, left or right; what stands at padding has no meaning.
+            edits: changes of the forward pass; see `gemma_jax.interp`.
 
         B*T*V*4 bytes are needed. T may pass the context here and in `hidden_states`, for research into what a model
         does there. Raises ValueError for ids outside the vocabulary, and images that are not those of the tokens.
         """
-        return _logits(self.model, *self._batch(tokens, images, mask))
+        batch = self.batch(tokens, images, mask)
+        return _logits(edited(self.model, edits, len(batch[0])), *batch)
 
     def hidden_states(
         self,
@@ -165,9 +177,11 @@ class Gemma:
         images: Any = None,
         *,
         mask: Bool[Array, "B T"] | None = None,
+        edits: Sequence[Edit] = (),
     ) -> Float[Array, "L+1 B T D"]:
         """The stream before the first layer and after each; the last after the final norm (Hugging Face's order)."""
-        return _hidden_states(self.model, *self._batch(tokens, images, mask))
+        batch = self.batch(tokens, images, mask)
+        return _hidden_states(edited(self.model, edits, len(batch[0])), *batch)
 
     def see(self, images: Any, options: ImageOptions = ImageOptions()) -> Float[Array, "N M D"]:
         """The soft tokens of images, as the decoder gets them; see `generate`. Raises ValueError without a tower."""
@@ -176,7 +190,7 @@ class Gemma:
 
     def score(self, prompt: Text) -> Score:
         """Log-probability of each token of a text (or list of ids) given those before, mean nll and perplexity."""
-        return scoring.score(self.model, self._ids(prompt))
+        return scoring.score(self.model, self.ids(prompt))
 
     def embed(
         self,
@@ -292,7 +306,8 @@ class Gemma:
             return self.tokenizer.eos_id, self.tokenizer.end_of_turn_id
         return tuple(i for i in STOP_IDS if i < self.config.vocab_size)
 
-    def _batch(self, tokens: Any, images: Any, mask: Any) -> tuple[jax.Array, Places, Inserted | None]:
+    def batch(self, tokens: Any, images: Any = None, mask: Any = None) -> tuple[jax.Array, Places, Inserted | None]:
+        """What a decoder takes for checked tokens, images and mask; see `logits`."""
         array = np.asarray(tokens)
         if array.ndim != 2 or not array.size:
             raise ValueError(f"tokens has shape {array.shape}; wanted [B, T] with at least one token")
@@ -314,14 +329,19 @@ class Gemma:
         inserted = Inserted(vectors.reshape(-1, vectors.shape[-1]), jnp.asarray(index))
         return jnp.asarray(ids, jnp.int32), where, inserted
 
-    def _ids(self, prompt: Text) -> list[int]:
+    def ids(self, prompt: Text) -> list[int]:
+        """The token ids of a prompt. Raises ValueError for an empty text, and for a text without a tokenizer."""
         return prompting.assemble_all([prompt], None, self.tokenizer, self.config, ImageOptions())[0].ids
 
-    def _stream(self, prompts: Sequence[Prompt], seed: Any, sampling: Mapping[str, Any]) -> Iterator[Piece]:
-        session = self._session(prompts, seed, sampling)
+    def _stream(
+        self, prompts: Sequence[Prompt], seed: Any, sampling: Mapping[str, Any], edits: Sequence[Edit]
+    ) -> Iterator[Piece]:
+        session = self._session(prompts, seed, sampling, edits)
         return (piece for (piece,) in pieces(session, answers(session, self.tokenizer, self.stop_ids)))
 
-    def _session(self, prompts: Sequence[Prompt], seed: Any, sampling: Mapping[str, Any]) -> Session:
+    def _session(
+        self, prompts: Sequence[Prompt], seed: Any, sampling: Mapping[str, Any], edits: Sequence[Edit]
+    ) -> Session:
         stop = sampling.get("stop")
         stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
         params = sampling_params(**{**sampling, "stop": stops})
@@ -339,7 +359,7 @@ class Gemma:
             index = vision.soft_indices(ids, len(pixels), self.config)
             ids = [np.where(part >= 0, 0, row).tolist() for part, row in zip(index, ids, strict=True)]
             inserted = Images(self.see(pixels), index)
-        return Session(self.model, ids, rows, self.stop_ids, images=inserted)
+        return Session(edited(self.model, edits, len(ids)), ids, rows, self.stop_ids, images=inserted)
 
     def _chat_prompt(self, messages: Sequence[Mapping[str, Any]], options: ImageOptions) -> Prompt:
         if self.tokenizer is None:

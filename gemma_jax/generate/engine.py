@@ -18,12 +18,14 @@ from gemma_jax.generate import sampling
 from gemma_jax.generate.sampling import Plan, Sampler, SamplingParams
 from gemma_jax.nn.cache import Cache, capacity_bucket, empty_cache
 from gemma_jax.nn.decoder import Decoder, Inserted
+from gemma_jax.nn.edited import Edited
 from gemma_jax.nn.masks import Places
 
 PREFILL_CHUNK = 512  # tokens a row taken at once; the score matrix is at most chunk x (window + chunk)
 SMALLEST_CHUNK = 16
 DECODE_CHUNK = 32  # tokens between two looks from Python
 MAX_STOP_IDS = 8
+Model = Decoder | Edited
 
 
 @jax.tree_util.register_dataclass
@@ -61,7 +63,7 @@ class Drawn:
 
 @functools.partial(jax.jit, static_argnames="is_first", donate_argnames=("cache", "last"))
 def prefill_chunk(
-    model: Decoder,
+    model: Model,
     tokens: Int[Array, "B T"],
     counts: Int[Array, " B"],
     cache: Cache,
@@ -84,7 +86,7 @@ def prefill_chunk(
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="cache")
 def first_token(
-    model: Decoder,
+    model: Model,
     last: Float[Array, "B D"],
     cache: Cache,
     seen: jax.Array | None,
@@ -101,7 +103,7 @@ def first_token(
 
 @functools.partial(jax.jit, static_argnames=("plan", "size"), donate_argnames="state")
 def decode_chunk(
-    model: Decoder, state: State, rows: Sampler, limits: Limits, num_steps: Int[Array, ""], plan: Plan, size: int
+    model: Model, state: State, rows: Sampler, limits: Limits, num_steps: Int[Array, ""], plan: Plan, size: int
 ) -> tuple[State, Drawn]:
     """Draws up to `num_steps` tokens a row, at most `size`, in one loop that ends early once all rows are done."""
 
@@ -141,10 +143,11 @@ def _empty(batch: int, size: int, plan: Plan) -> Drawn:
 
 
 def _draw(
-    model: Decoder, x: Float[Array, "B D"], state: State, rows: Sampler, limits: Limits, plan: Plan
+    model: Model, x: Float[Array, "B D"], state: State, rows: Sampler, limits: Limits, plan: Plan
 ) -> tuple[State, Drawn]:
     """One token a row from the last hidden vectors; rows that are done stay as they are."""
-    logits = model.logits(x)
+    # the cache ends with the token whose vector `x` is
+    logits = model.logits(x) if isinstance(model, Decoder) else model.logits_at(x, state.cache.lengths - 1)
     tokens = sampling.sample(logits, rows, plan, state.steps, state.seen)
     tokens = jnp.where(state.is_done, state.tokens, tokens)
     steps = state.steps + ~state.is_done
@@ -201,7 +204,7 @@ class Images:
 
 
 def prefill(
-    model: Decoder,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     capacity: int,
     chunk: int = PREFILL_CHUNK,
@@ -263,7 +266,7 @@ class Session:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Model,
         prompts: Sequence[Sequence[int]],
         params: Sequence[SamplingParams],
         stop_ids: Sequence[int],
@@ -344,7 +347,7 @@ def _steps(drawn: Drawn) -> list[Step]:
     return steps
 
 
-def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]]) -> None:
+def check_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> None:
     """Raises ValueError for an empty batch, an empty or too long prompt, and ids that are no tokens."""
     if not prompts:
         raise ValueError("the batch is empty; give at least one prompt")

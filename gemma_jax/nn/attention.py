@@ -10,6 +10,7 @@ from gemma_jax.nn.cache import LayerCache, advance, slot_places, store
 from gemma_jax.nn.layers import PLAIN_LAYOUT, Layout, RMSNorm, dimension_sizes, softcap, weight
 from gemma_jax.nn.masks import Places, visible
 from gemma_jax.nn.rope import rope
+from gemma_jax.nn.sites import MAPS, UNTAPPED, Tap
 
 BLOCK = 512  # keys looked at together in a long cache, and queries at once in a long sequence
 MASKED = -2.3819763e38  # finite, so that a row without any key gives numbers and not NaN; DeepMind's gemma uses it
@@ -36,7 +37,12 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm("H", self.config.head_dim, config.norm, dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], where: Places, cache: LayerCache | None, lengths: Int[Array, " B"] | None
+        self,
+        x: Float[Array, "B T D"],
+        where: Places,
+        cache: LayerCache | None,
+        lengths: Int[Array, " B"] | None,
+        tap: Tap = UNTAPPED,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Attends to `x` itself, or with a cache to all that came before too, and gives the cache with `x` in it.
 
@@ -46,9 +52,10 @@ class Attention(nnx.Module):
         if self.config.has_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rope(a, where.positions, self.kind.rope_theta, self.kind.rope_scale) for a in (q, k))
-        q = q * self.config.query_scale
+        q, k, v = tap("q", q) * self.config.query_scale, tap("k", k), tap("v", v)
         look = Look(self.kind, self.config.is_causal, self.config.softcap)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        tap.watch(MAPS, lambda: look.weights(q, k, where))
         if cache is None:
             out = look.at(q, k, v, where, where)
         elif lengths is None:
@@ -62,6 +69,7 @@ class Attention(nnx.Module):
         else:
             out = look.back(q, k, v, where, cache, lengths)
             cache = store(cache, k, v, where, lengths)
+        out = tap("heads", out)
         # as one matrix: of a product over N and H XLA on CPU makes one over H and N, and copies the weight each time
         out = out.reshape(*out.shape[:2], -1)
         return out @ self.w_o[...].reshape(out.shape[-1], -1), cache
@@ -108,6 +116,12 @@ class Look:
     def _direct(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Bool[Array, "B T S"]) -> jax.Array:
         weights = jax.nn.softmax(self._logits(_grouped(q, k.shape[1]), k, mask), axis=-1).astype(v.dtype)
         return _ungrouped(jnp.einsum("BKGTS,BKSH->BKGTH", weights, v))
+
+    def weights(self, q: Float[Array, "B T N H"], k: Float[Array, "B K T H"], where: Places) -> Float[Array, "B N T T"]:
+        """Attention maps of a sequence, all T * T at once. At padding rows stand weights that mean nothing."""
+        mask = visible(where, where, self.window, self.is_causal)
+        weights = jax.nn.softmax(self._logits(_grouped(q, k.shape[1]), k, mask), axis=-1)
+        return weights.reshape(weights.shape[0], -1, *weights.shape[3:])
 
     def _logits(
         self, q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], mask: Bool[Array, "B T S"]

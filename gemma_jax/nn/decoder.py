@@ -13,6 +13,7 @@ from gemma_jax.nn.attention import Attention
 from gemma_jax.nn.cache import Cache, LayerCache, advance
 from gemma_jax.nn.layers import PLAIN_LAYOUT, GatedMLP, Layout, RMSNorm, Table, softcap
 from gemma_jax.nn.masks import Places
+from gemma_jax.nn.sites import UNTAPPED, Fixed, Tap, Taps
 from gemma_jax.nn.vision.siglip import Projector, Siglip
 
 
@@ -38,11 +39,15 @@ class Layer(nnx.Module):
         where: Places,
         cache: LayerCache | None = None,
         lengths: Int[Array, " B"] | None = None,
+        tap: Tap = UNTAPPED,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        attended, cache = self.attn(self.pre_attention_norm(x), where, cache, lengths)
-        x = x + (self.post_attention_norm(attended) if self.has_post_norms else attended)
-        mixed = self.mlp(self.pre_ffw_norm(x))
-        return x + (self.post_ffw_norm(mixed) if self.has_post_norms else mixed), cache
+        x = tap("resid_pre", x)
+        attended, cache = self.attn(tap("attn_in", self.pre_attention_norm(x)), where, cache, lengths, tap)
+        attended = self.post_attention_norm(attended) if self.has_post_norms else attended
+        x = tap("resid_mid", x + tap("attn_out", attended))
+        mixed = self.mlp(tap("mlp_in", self.pre_ffw_norm(x)), tap)
+        mixed = self.post_ffw_norm(mixed) if self.has_post_norms else mixed
+        return tap("resid_post", x + tap("mlp_out", mixed)), cache
 
 
 @jax.tree_util.register_dataclass
@@ -65,10 +70,10 @@ class Inserted:
 
 @jax.jit
 def _apply(
-    layer: Layer, x: jax.Array, where: Places, cache: LayerCache | None, lengths: jax.Array | None
+    layer: Layer, x: jax.Array, where: Places, cache: LayerCache | None, lengths: jax.Array | None, tap: Tap
 ) -> tuple[jax.Array, LayerCache | None]:
     """Calls a layer. Of equal layers only the first is traced; XLA puts the calls in line again."""
-    return layer(x, where, cache, lengths)
+    return layer(x, where, cache, lengths, tap)
 
 
 class Dense(nnx.Module):
@@ -152,10 +157,16 @@ class Decoder(Stem):
         self.layers = nnx.List([Layer(config, spec, rngs=rngs, dtype=dtype, layout=layout) for spec in config.layers])
 
     def __call__(
-        self, tokens: Int[Array, "B T"], where: Places | None = None, inserted: Inserted | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        where: Places | None = None,
+        inserted: Inserted | None = None,
+        taps: Taps | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits of every position, float32. `where` defaults to rows without padding."""
-        return self.logits(self.hidden(tokens, where or Places.plain(*tokens.shape), inserted=inserted)[0])
+        """Logits of every position, float32. `where` defaults to rows without padding; `taps`: see `hidden`."""
+        where = where or Places.plain(*tokens.shape)
+        logits = self.logits(self.hidden(tokens, where, inserted=inserted, taps=taps)[0])
+        return logits if taps is None else taps.at(where)("logits", logits)
 
     def hidden(
         self,
@@ -165,31 +176,38 @@ class Decoder(Stem):
         *,
         inserted: Inserted | None = None,
         is_cache_empty: bool = False,
+        taps: Taps | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The last hidden vectors, after the final norm, and the cache with the real tokens at hand added.
 
         With a cache, `where.positions` must go on from `cache.lengths`, real tokens first in each row.
         `inserted` takes the place of tokens; of an image all of it, and `where.blocks` says so.
         `is_cache_empty` promises that these are 0: the first chunk of a prompt then need not look at empty slots.
+        `taps` look at the values of the pass, or change them; see `nn/sites.py`.
         """
-        states, cache = self._run(self.embed(tokens, inserted), where, cache, is_cache_empty)
-        return self.final_norm(states[-1]), cache
+        tap = UNTAPPED if taps is None else taps.at(where, is_cached=cache is not None)
+        states, cache = self._run(tap("embed", self.embed(tokens, inserted)), where, cache, is_cache_empty, tap)
+        return tap("final", self.final_norm(states[-1])), cache
 
     def hidden_states(
-        self, tokens: Int[Array, "B T"], where: Places, inserted: Inserted | None = None
+        self, tokens: Int[Array, "B T"], where: Places, inserted: Inserted | None = None, taps: Taps | None = None
     ) -> Float[Array, "L+1 B T D"]:
         """The stream before the first layer and after each, the last after the final norm (Hugging Face's order)."""
-        states, _ = self._run(self.embed(tokens, inserted), where, None)
-        return jnp.stack([*states[:-1], self.final_norm(states[-1])])
+        tap = UNTAPPED if taps is None else taps.at(where)
+        states, _ = self._run(tap("embed", self.embed(tokens, inserted)), where, None, False, tap)
+        return jnp.stack([*states[:-1], tap("final", self.final_norm(states[-1]))])
 
     def _run(
-        self, x: jax.Array, where: Places, cache: Cache | None, is_cache_empty: bool = False
+        self, x: jax.Array, where: Places, cache: Cache | None, is_cache_empty: bool, tap: Tap
     ) -> tuple[list[jax.Array], Cache | None]:
         states, caches = [x], []
         lengths = None if cache is None or is_cache_empty else cache.lengths
         for i, layer in enumerate(self.layers):
+            before, inner = None if cache is None else cache.layers[i], tap.within(f"layers.{i}.")
             with jax.named_scope(f"layer_{i}"):
-                x, layer_cache = _apply(layer, x, where, None if cache is None else cache.layers[i], lengths)
+                # with edits or captures in the open: what is captured in an inner jit cannot leave it
+                apply = _apply if inner is UNTAPPED or isinstance(inner, Fixed) else Layer.__call__
+                x, layer_cache = apply(layer, x, where, before, lengths, inner)
             states.append(x)
             caches.append(layer_cache)
         return states, None if cache is None else Cache(tuple(caches), advance(cache.lengths, where))

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gemma_jax.configs.config import DecoderConfig, NormConfig
+from gemma_jax.nn.sites import UNTAPPED, Tap
 
 ACTIVATION: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -123,12 +124,12 @@ class GatedMLP(nnx.Module):
             self.w_up = weight(rngs, "D F", sizes, dtype)
         self.w_down = weight(rngs, "F D", sizes, dtype)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], tap: Tap = UNTAPPED) -> Float[Array, "B T D"]:
         if self.is_fused:
             gate, up = jnp.split(x @ self.w_gate_up[...], 2, axis=-1)
         else:
             gate, up = x @ self.w_gate[...], x @ self.w_up[...]
-        return (ACTIVATION[self.activation](gate) * up) @ self.w_down[...]
+        return tap("mlp_hidden", ACTIVATION[self.activation](gate) * up) @ self.w_down[...]
 
 
 def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:

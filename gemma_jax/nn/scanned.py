@@ -43,7 +43,7 @@ class Turn(nnx.Module):
 
 
 class ScannedDecoder(Stem):
-    """`Decoder` with stacked layers; the same results, without a cache. See `stack` to make one from a `Decoder`."""
+    """`Decoder` with stacked layers; the same results, without cache and taps. `stack` makes one from a `Decoder`."""
 
     def __init__(
         self,
