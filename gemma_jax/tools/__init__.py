@@ -1,0 +1,1 @@
+"""Function calling: tools as schemas, the prompts that offer them, the calls that models write, and running these."""

@@ -1,0 +1,298 @@
+"""FunctionGemma's own tokens for declarations, calls and responses (gemma3.md section 8.2).
+
+All is made and read as parts: `<escape>`, which opens and closes every text, is a token and never the characters, so
+braces and colons in a text are text, and nobody's text can end it.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gemma_jax.text.chat import BOS, END, START, ChatError
+from gemma_jax.text.parts import Control, Part, merged
+from gemma_jax.tools.calls import ToolCall, ToolCallError
+from gemma_jax.tools.schema import Tool
+
+DEVELOPER_TEXT = "You are a model that can do function calling with the following functions"
+ESCAPE = Control("<escape>")
+DECLARATION = Control("<start_function_declaration>"), Control("<end_function_declaration>")
+CALL = Control("<start_function_call>"), Control("<end_function_call>")
+RESPONSE = Control("<start_function_response>"), Control("<end_function_response>")
+MAX_DEPTH = 50  # of lists and objects in each other
+_NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
+_BARE = {"true": True, "false": False, "null": None}
+
+
+def conversation(messages: Sequence[Mapping[str, Any]], tools: Iterable[Tool]) -> list[Part]:
+    """A conversation of OpenAI-style messages with the tools' declarations, up to where the model goes on.
+
+    Results of tools (role `tool`) stand in the model's turn, behind its calls. Raises ChatError for messages out of
+    order, and content that is no text.
+    """
+    tools = list(tools)
+    rest = list(messages)
+    texts = [_text(rest.pop(0), 0)] if rest and rest[0].get("role") in ("system", "developer") else []
+    prompt: list[Part] = [Control(BOS)]
+    if tools or texts:
+        texts += [DEVELOPER_TEXT] if tools and not any(DEVELOPER_TEXT in text for text in texts) else []
+        prompt += [Control(START), "developer\n", "\n".join(texts), *declarations(tools), Control(END), "\n"]
+    if not rest:
+        raise ChatError("messages has no message of a user")
+    return [*prompt, *_turns(rest, len(messages) - len(rest))]
+
+
+def _turns(messages: Sequence[Mapping[str, Any]], first: int) -> list[Part]:
+    prompt: list[Part] = []
+    wanted, is_open = ("user",), False  # is_open: in a model's turn, after its calls
+    for i, message in enumerate(messages, first):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if role not in wanted:
+            raise ChatError(f"message {i} has role {role!r}; wanted {' or '.join(wanted)} here")
+        if role == "user":
+            prompt += [Control(START), "user\n", _text(message, i), Control(END), "\n"]
+            wanted = ("assistant", "model")
+        elif role == "tool":
+            prompt += responses(_responses(message, i))
+            wanted, is_open = ("tool", "assistant", "model"), True
+        else:
+            made = [ToolCall.of_message(call, k) for k, call in enumerate(message.get("tool_calls") or ())]
+            prompt += [] if is_open else [Control(START), "model\n"]
+            prompt += [_text(message, i), *calls(made)]
+            prompt += [] if made else [Control(END), "\n"]
+            wanted, is_open = (("tool",), True) if made else (("user",), False)
+    if wanted == ("user",):
+        raise ChatError("the last message is an assistant's; wanted one of a user, or of a tool")
+    return prompt if is_open else [*prompt, Control(START), "model\n"]
+
+
+def _responses(message: Mapping[str, Any], at: int) -> list[tuple[str, Any]]:
+    """A tool's message: its name beside its content, as the API has it."""
+    name, content = message.get("name"), message.get("content")
+    if not isinstance(name, str):
+        raise ChatError(f"message {at} is a tool's without its name; wanted {{'role': 'tool', 'name', 'content'}}")
+    if isinstance(content, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            content = json.loads(content)
+    return [(name, content)]
+
+
+def _text(message: Mapping[str, Any], at: int) -> str:
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return ""
+    if isinstance(content, str):
+        return content.strip()
+    if isinstance(content, Sequence) and all(
+        isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content
+    ):
+        return "".join(part["text"].strip() for part in content)
+    raise ChatError(f"message {at} has content {content!r:.200}; this model reads text only")
+
+
+def declarations(tools: Iterable[Tool]) -> list[Part]:
+    """What the tools are, one after another."""
+    found: list[Part] = []
+    for tool in tools:
+        described = [("description", tool.description)] if tool.description else []
+        body = _fields([*described, ("parameters", _Raw(_object_schema(tool.parameters)))])
+        found += [DECLARATION[0], f"declaration:{tool.name}", *body, DECLARATION[1]]
+    return list(merged(found))
+
+
+class _Raw:
+    """Parts that are a value already."""
+
+    def __init__(self, parts: list[Part]):
+        self.parts = parts
+
+
+def _object_schema(schema: Mapping[str, Any]) -> list[Part]:
+    """Properties by name, then what is required in its own order, then the type; what is absent vanishes."""
+    properties, required = schema.get("properties") or {}, schema.get("required") or []
+    fields: list[tuple[str, Any]] = []
+    if properties:
+        fields.append(("properties", _Raw(_fields([(k, _Raw(_schema(v))) for k, v in sorted(properties.items())]))))
+    if required:
+        fields.append(("required", list(required)))
+    return _fields([*fields, ("type", "OBJECT")])
+
+
+def _schema(schema: Any) -> list[Part]:
+    """One property. Of several types (`["string", "null"]`) the first stands for all: the form has one."""
+    schema = schema if isinstance(schema, Mapping) else {}
+    kinds = schema.get("type", "string")
+    kind = next((k for k in kinds if k != "null"), "string") if isinstance(kinds, list) else kinds
+    fields = [(name, schema[name]) for name in ("description", "enum") if schema.get(name)]
+    if kind == "object":
+        inner = _object_schema(schema)[:]
+        own = _fields([*fields, ("type", "OBJECT")])
+        return _joined(own, inner) if schema.get("properties") else own
+    if kind == "array" and isinstance(schema.get("items"), Mapping):
+        fields.append(("items", _Raw(_schema(schema["items"]))))
+    return _fields([*fields, ("type", str(kind).upper())])
+
+
+def _joined(own: list[Part], inner: list[Part]) -> list[Part]:
+    """An object's description before its properties, in one pair of braces."""
+    without_type = own[: own.index("type:") if "type:" in own else 1]
+    return [*without_type, *inner[1:]]
+
+
+def calls(made: Sequence[ToolCall]) -> list[Part]:
+    """Calls as the model writes them, keys sorted."""
+    found: list[Part] = []
+    for call in made:
+        found += [CALL[0], f"call:{call.name}", *_value(dict(call.arguments)), CALL[1]]
+    return found
+
+
+def responses(results: Iterable[tuple[str, Any]]) -> list[Part]:
+    """What tools gave, (name, result) each; a result that is no object stands under `value`."""
+    found: list[Part] = []
+    for name, result in results:
+        body = result if isinstance(result, Mapping) else {"value": result}
+        found += [RESPONSE[0], f"response:{name}", *_value(body), RESPONSE[1]]
+    return found
+
+
+def _fields(fields: Iterable[tuple[str, Any]]) -> list[Part]:
+    found: list[Part] = ["{"]
+    for i, (key, value) in enumerate(fields):
+        found += ["," if i else "", f"{key}:", *_value(value)]
+    return [*found, "}"]
+
+
+def _value(value: Any) -> list[Part]:
+    if isinstance(value, _Raw):
+        return value.parts
+    if isinstance(value, str):
+        return [ESCAPE, value, ESCAPE]
+    if isinstance(value, Mapping):
+        return _fields(sorted(value.items()))
+    if isinstance(value, list | tuple):
+        return ["[", *(part for i, item in enumerate(value) for part in ("," if i else "", *_value(item))), "]"]
+    return [json.dumps(value)]
+
+
+def parse(reply: Sequence[Part]) -> list[ToolCall]:
+    """The calls in a reply, none if it is an answer; see `text.parts.decode`.
+
+    A call that is cut off where the reply ends, but for its last token, is read. Raises ToolCallError for a broken one.
+    """
+    found, parts = [], list(merged(reply))
+    starts = [i for i, part in enumerate(parts) if part == CALL[0]]
+    for i, start in enumerate(starts):
+        stop = next((k for k in range(start + 1, len(parts)) if parts[k] in (*CALL, RESPONSE[0])), len(parts))
+        name, arguments = _Scanner(parts[start + 1 : stop]).call()
+        found.append(ToolCall(name, arguments, f"call_{i}"))
+    return found
+
+
+class _Scanner:
+    """Reads one call, character by character; what stands between two escapes is one text."""
+
+    def __init__(self, parts: Sequence[Part]):
+        self.items: list[str | Control] = []
+        for part in parts:
+            if isinstance(part, str):
+                self.items += part
+            elif part == ESCAPE:
+                self.items.append(ESCAPE)
+            else:
+                raise ToolCallError("shape", f"a call holds the token {getattr(part, 'piece', part)}")
+        self.at = 0
+
+    def call(self) -> tuple[str, dict[str, Any]]:
+        head = self._until("{")
+        if not head.startswith("call:"):
+            raise ToolCallError("shape", f"a call begins with {head[:40]!r}; wanted call:name{{...}}")
+        name = head.removeprefix("call:").strip()
+        arguments = self._object(1)
+        if self._rest().strip():
+            raise ToolCallError("shape", f"behind the call of {name} stands {self._rest()[:40]!r}")
+        return name, arguments
+
+    def _until(self, ends: str) -> str:
+        """The bare text up to one of `ends`, which is next then."""
+        text = ""
+        while self.at < len(self.items):
+            item = self.items[self.at]
+            if isinstance(item, Control) or item in ends:
+                break
+            text += item
+            self.at += 1
+        return text
+
+    def _rest(self) -> str:
+        return "".join(item if isinstance(item, str) else item.piece for item in self.items[self.at :])
+
+    def _take(self) -> str | Control:
+        if self.at >= len(self.items):
+            raise ToolCallError("shape", "the call is cut off")
+        self.at += 1
+        return self.items[self.at - 1]
+
+    def _peek(self) -> str | Control | None:
+        while self.at < len(self.items) and isinstance(item := self.items[self.at], str) and item.isspace():
+            self.at += 1
+        return self.items[self.at] if self.at < len(self.items) else None
+
+    def _object(self, depth: int) -> dict[str, Any]:
+        self._expect("{")
+        found: dict[str, Any] = {}
+        while self._peek() != "}":
+            if found:
+                self._expect(",")
+            key = self._text() if self._peek() == ESCAPE else self._until(":,{}[]").strip()
+            self._expect(":")
+            if not key or key in found:
+                raise ToolCallError("arguments", f"the key {key!r} stands twice" if key else "a key is empty")
+            found[key] = self._any(depth)
+        self._expect("}")
+        return found
+
+    def _list(self, depth: int) -> list[Any]:
+        self._expect("[")
+        found: list[Any] = []
+        while self._peek() != "]":
+            if found:
+                self._expect(",")
+            found.append(self._any(depth))
+        self._expect("]")
+        return found
+
+    def _any(self, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            raise ToolCallError("shape", f"the call is nested deeper than {MAX_DEPTH}")
+        first = self._peek()
+        if first == ESCAPE:
+            return self._text()
+        if first == "{":
+            return self._object(depth + 1)
+        return self._list(depth + 1) if first == "[" else _bare(self._until(",}]{[:").strip())
+
+    def _text(self) -> str:
+        self._take()
+        text = ""
+        while (item := self._take()) != ESCAPE:
+            assert isinstance(item, str)
+            text += item
+        return text
+
+    def _expect(self, character: str) -> None:
+        self._peek()
+        if (found := self._take()) != character:
+            shown = found if isinstance(found, str) else found.piece
+            raise ToolCallError("shape", f"a call has {shown!r} where {character!r} was wanted")
+
+
+def _bare(text: str) -> Any:
+    if text in _BARE:
+        return _BARE[text]
+    if match := _NUMBER.fullmatch(text):
+        if len(text) > 400:
+            raise ToolCallError("arguments", "a number has more than 400 digits")
+        return float(text) if match[1] or match[2] else int(text)
+    raise ToolCallError("arguments", f"{text[:40]!r} is no value; texts stand between two <escape>")

@@ -1,0 +1,169 @@
+"""Function calling by instruction, as Gemma 3 does it: no special tokens, a reply's shape says that it is a call.
+
+Two forms, literal from Google's documentation (gemma3.md section 8.1): calls as Python writes them, or as JSON. What a
+model writes is parsed as data and never evaluated.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from gemma_jax.tools.calls import ToolCall, ToolCallError
+from gemma_jax.tools.schema import Tool
+
+FORMS = ("python", "json")
+MAX_LENGTH, MAX_DEPTH = 100_000, 50  # of a reply that is read as a call: characters, brackets in each other
+_HEAD = (
+    "You have access to functions. If you decide to invoke any of the function(s),\nyou MUST put it in the format of\n"
+)
+_SHAPES = {
+    "python": "[func_name1(params_name1=params_value1, params_name2=params_value2...), func_name2(params)]",
+    "json": '{"name": function name, "parameters": dictionary of argument name and its value}',
+}
+_TAIL = "\n\nYou SHOULD NOT include any other text in the response if you call a function"
+_FENCE = re.compile(r"```(?:json|tool_code|python)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
+_NAME = r"[A-Za-z_][\w.-]*"
+_PYTHON_HEAD = re.compile(rf"\[\s*{_NAME}\(|{_NAME}\(")
+_JSON_HEAD = re.compile(r'(\[\s*)?\{\s*"(name|parameters|arguments|type|function)"\s*:')
+_NAMES = {"true": True, "false": False, "null": None}  # of JSON, which models mix in
+
+
+def instructions(tools: Iterable[Tool], form: str) -> str:
+    """What stands in front of the request: how to call, and the tools as a JSON list."""
+    schemas = json.dumps([tool.schema for tool in tools], ensure_ascii=False, indent=2)
+    return f"{_HEAD}{_SHAPES[form]}{_TAIL}\n{schemas}"
+
+
+def render(calls: Sequence[ToolCall], form: str) -> str:
+    """Calls as the model writes them."""
+    if form == "json":
+        objects = [{"name": call.name, "parameters": dict(call.arguments)} for call in calls]
+        return json.dumps(objects[0] if len(objects) == 1 else objects, ensure_ascii=False)
+    texts = [f"{call.name}({', '.join(f'{k}={v!r}' for k, v in call.arguments.items())})" for call in calls]
+    return f"[{', '.join(texts)}]"
+
+
+def output(results: Sequence[tuple[str, Any]]) -> str:
+    """What tools gave, (name, result) each, as a user's turn. No result can close its fence."""
+    told = [{"name": name, "result": result} for name, result in results]
+    text = json.dumps(told[0] if len(told) == 1 else told, ensure_ascii=False).replace("`", "\\u0060")
+    return f"```tool_output\n{text}\n```"
+
+
+def parse(text: str, form: str) -> list[ToolCall] | None:
+    """The calls that a reply consists of, or None if it is an answer.
+
+    Raises ToolCallError for a reply that has the shape of calls and cannot be read.
+    """
+    body = text.strip()
+    if fence := _FENCE.fullmatch(body):
+        body = fence[1].strip()
+    head = (_PYTHON_HEAD if form == "python" else _JSON_HEAD).match(body)
+    if head is None or not body.endswith((")", "]") if form == "python" else ("}", "]")):
+        return None
+    is_certain = form == "json" or body.startswith("[")  # sin(x) alone may be an answer
+    try:
+        if len(body) > MAX_LENGTH or _depth(body) > MAX_DEPTH:
+            limits = f"longer than {MAX_LENGTH} characters or nested deeper than {MAX_DEPTH}"
+            raise ToolCallError("shape", f"the call is {limits}")
+        found = _python_calls(body) if form == "python" else _json_calls(body)
+    except ToolCallError:
+        if is_certain:
+            raise
+        return None
+    return [ToolCall(name, arguments, f"call_{i}") for i, (name, arguments) in enumerate(found)]
+
+
+def _depth(text: str) -> int:
+    """Of brackets, those in texts counted too; more than is allowed is all that matters."""
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _python_calls(body: str) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        tree = ast.parse(body, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ToolCallError("shape", f"the calls cannot be read: {error}") from None
+    nodes = tree.elts if isinstance(tree, ast.List) else list(tree.elts) if isinstance(tree, ast.Tuple) else [tree]
+    return [_python_call(node) for node in nodes]
+
+
+def _python_call(node: ast.expr) -> tuple[str, dict[str, Any]]:
+    if not isinstance(node, ast.Call):
+        raise ToolCallError("shape", "the list holds something that is no call; wanted [name(argument=value, ...)]")
+    name = _dotted(node.func)
+    if node.args:
+        raise ToolCallError("arguments", f"{name} got an argument without its name; write name=value")
+    arguments: dict[str, Any] = {}
+    for keyword in node.keywords:
+        if keyword.arg is None or keyword.arg in arguments:
+            what = "unpacks a dictionary" if keyword.arg is None else f"has {keyword.arg!r} twice"
+            raise ToolCallError("arguments", f"the call of {name} {what}; write each argument once, as name=value")
+        arguments[keyword.arg] = _literal(keyword.value, f"{name}({keyword.arg})")
+    return name, arguments
+
+
+def _dotted(node: ast.expr) -> str:
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value)}.{node.attr}"
+    raise ToolCallError("name", "what is called has no plain name; wanted name(argument=value, ...)")
+
+
+def _literal(node: ast.expr, where: str) -> Any:
+    """The value of a literal of JSON's kinds."""
+    if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, str | bool | int | float)):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+        value = _literal(node.operand, where)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(item, where) for item in node.elts]
+    if isinstance(node, ast.Dict):
+        keys = [None if key is None else _literal(key, where) for key in node.keys]
+        if all(isinstance(key, str) for key in keys) and len(set(map(str, keys))) == len(keys):
+            return dict(zip(keys, (_literal(value, where) for value in node.values), strict=True))
+    if isinstance(node, ast.Name) and node.id in _NAMES:
+        return _NAMES[node.id]
+    raise ToolCallError(
+        "arguments", f"{where} is no literal; wanted a text, a number, True, False, None, a list or a dict"
+    )
+
+
+def _json_calls(body: str) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        data = json.loads(body, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except ToolCallError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ToolCallError("shape", f"the call is no JSON: {error}") from None
+    return [_json_call(item) for item in (data if isinstance(data, list) else [data])]
+
+
+def _json_call(item: Any) -> tuple[str, dict[str, Any]]:
+    body = item.get("function", item) if isinstance(item, dict) else item
+    if not isinstance(body, dict) or not isinstance(body.get("name"), str):
+        raise ToolCallError("shape", 'a call has no name; wanted {"name": ..., "parameters": {...}}')
+    arguments = body.get("parameters", body.get("arguments", {}))
+    if not isinstance(arguments, dict):
+        raise ToolCallError("arguments", f"the parameters of {body['name']} are no object; wanted {{name: value}}")
+    return body["name"], arguments
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ToolCallError("shape", "the call has the same key twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ToolCallError("arguments", f"the call holds {name}, which is no number of JSON")
