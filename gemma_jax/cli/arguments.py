@@ -52,6 +52,19 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer; may be repeated")
 
 
+def add_images(parser: argparse.ArgumentParser, where: str) -> None:
+    """Options of verbs that show images to the model."""
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help=f"{where}; may be repeated")
+    parser.add_argument("--pan-and-scan", action="store_true", help="show crops of long images too")
+
+
+def image_options(options: argparse.Namespace) -> Any:
+    """How images are prepared."""
+    from gemma_jax.media.images import ImageOptions
+
+    return ImageOptions(pan_and_scan=options.pan_and_scan)
+
+
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
     """The sampling parameters that were given."""
     names = (

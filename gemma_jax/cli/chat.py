@@ -15,29 +15,36 @@ def add_parser(verbs: Any) -> None:
     parser = arguments.verb(verbs, "chat", run, f"Talk with an instruction-tuned model. {HELP}")
     arguments.add_model(parser)
     arguments.add_sampling(parser)
+    arguments.add_images(parser, "an image in front of the first message")
     parser.add_argument("--system", metavar="TEXT", help="instructions put in front of the first message")
 
 
 def run(options: argparse.Namespace) -> None:
     """Reads a line, streams the answer, keeps both; with --json one object a line for each answer."""
     gemma = arguments.load(options)
-    sampling = arguments.sampling(options)
+    sampling = {**arguments.sampling(options), "image_options": arguments.image_options(options)}
     is_terminal = sys.stdin.isatty()
     beginning = [{"role": "system", "content": options.system}] if options.system else []
-    messages = list(beginning)
+    messages: list[dict[str, Any]] = list(beginning)
     if is_terminal:
         print(HELP)
     while (line := _line(is_terminal)) is not None and line != "/quit":
         if line == "/reset":
             messages = list(beginning)
         elif line:
-            turn = [*messages, {"role": "user", "content": line}]
+            turn = [*messages, {"role": "user", "content": _content(line, options.image, messages == beginning)}]
             try:
                 messages = [*turn, {"role": "assistant", "content": _answer(gemma, turn, sampling, options.json)}]
             except ValueError as error:  # the history has outgrown the context: the conversation is not lost
                 if not is_terminal:
                     raise
                 print(f"{error}. {HELP}", file=sys.stderr)
+
+
+def _content(line: str, images: list[str], is_first: bool) -> str | list[dict[str, str]]:
+    if not images or not is_first:
+        return line
+    return [*({"type": "image", "image": image} for image in images), {"type": "text", "text": line}]
 
 
 def _line(is_terminal: bool) -> str | None:
@@ -47,7 +54,7 @@ def _line(is_terminal: bool) -> str | None:
     return line.strip() if line else None
 
 
-def _answer(gemma: Any, messages: list[dict[str, str]], sampling: dict[str, Any], as_json: bool) -> str:
+def _answer(gemma: Any, messages: list[dict[str, Any]], sampling: dict[str, Any], as_json: bool) -> str:
     text, reason = "", None
     for piece in gemma.stream_chat(messages, **sampling):
         text, reason = text + piece.text, piece.finish_reason

@@ -182,7 +182,7 @@ def _replaced(node: Any, keys: list[str], value: Any, path: str) -> Any:
     if isinstance(node, tuple):
         chosen = range(len(node)) if key == "*" else [_layer_index(key, len(node), path)]
         if not rest:
-            _check_layers((value,), path)
+            _check_items((value,), type(node[0]), path)
         return tuple(_replaced(item, rest, value, path) if i in chosen else item for i, item in enumerate(node))
     name = _field(node, key, path)
     if not rest:
@@ -202,21 +202,21 @@ def _field(node: Any, key: str, path: str) -> str:
 
 
 def _check_type(owner: type, name: str, value: Any, path: str) -> None:
-    wanted = next(field.type for field in dataclasses.fields(owner) if field.name == name)
+    wanted: Any = next(field.type for field in dataclasses.fields(owner) if field.name == name)
     kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     kinds = tuple(typing.get_origin(kind) or kind for kind in kinds)
-    if tuple in kinds and isinstance(value, tuple):
-        _check_layers(value, path)
+    if typing.get_origin(wanted) is tuple and isinstance(value, tuple):
+        _check_items(value, typing.get_args(wanted)[0], path)
     is_number = isinstance(value, int) and not isinstance(value, bool) and float in kinds
     if not is_number and type(value) not in kinds:
         names = " or ".join("None" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
         raise ConfigError(f"{path!r} is set to {value!r}, {type(value).__name__}; wanted {names}")
 
 
-def _check_layers(values: tuple[Any, ...], path: str) -> None:
+def _check_items(values: tuple[Any, ...], kind: type, path: str) -> None:
     for value in values:
-        if not isinstance(value, LayerSpec):
-            raise ConfigError(f"{path!r} is set to {value!r}, {type(value).__name__}; wanted LayerSpec")
+        if type(value) is not kind:
+            raise ConfigError(f"{path!r} is set to {value!r}, {type(value).__name__}; wanted {kind.__name__}")
 
 
 def _layer_index(key: str, length: int, path: str) -> int:
