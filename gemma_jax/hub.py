@@ -19,11 +19,14 @@ KAGGLE = "kaggle:"
 _EXTRA = "run `pip install 'gemma-jax[hub]'`"
 # Of these the hub's name says that the model is only pretrained.
 _WITH_PT = ("gemma-3-1b", "gemma-3-4b", "gemma-3-12b", "gemma-3-27b")
+_WITH_IT = ("functiongemma", "shieldgemma-2", "translategemma", "medgemma")  # these are tuned, and their names say so
 
 
 def repository(name: str) -> str:
     """Google's repository of a published model: "gemma-3-1b" -> "google/gemma-3-1b-pt"."""
     short = name.lower().removeprefix("google/")
+    if short.startswith(_WITH_IT) and not short.endswith(("-it", "-pt")):
+        return f"google/{short}-it"
     return f"google/{short}-pt" if short in _WITH_PT else f"google/{short}"
 
 

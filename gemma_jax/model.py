@@ -16,9 +16,11 @@ from gemma_jax import prompts as prompting
 from gemma_jax.configs.config import DecoderConfig
 from gemma_jax.export import Precision
 from gemma_jax.generate import embedding, scoring
+from gemma_jax.generate.classification import violations
 from gemma_jax.generate.completion import Completion, Piece, answers, complete, pieces
-from gemma_jax.generate.engine import Images, Session, check_ids, next_logits
-from gemma_jax.generate.sampling import SamplingParams
+from gemma_jax.generate.dialogue import converse
+from gemma_jax.generate.engine import Images, Session, check_ids
+from gemma_jax.generate.sampling import sampling_params
 from gemma_jax.generate.scoring import Score
 from gemma_jax.media import images as media
 from gemma_jax.media import vision
@@ -29,9 +31,12 @@ from gemma_jax.nn.edits import Edit
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.paths import weights
 from gemma_jax.prompts import Prompt
-from gemma_jax.text import shieldgemma
-from gemma_jax.text.chat import chat_parts
+from gemma_jax.text import shieldgemma, translategemma
+from gemma_jax.text.chat import encode_chat
+from gemma_jax.text.parts import Part, Picture
 from gemma_jax.text.tokenizer import Tokenizer
+from gemma_jax.tools.forms import form_of
+from gemma_jax.tools.schema import tool_set
 
 STOP_IDS = (1, 106)  # Gemma 3's <eos> and <end_of_turn>, for a model without tokenizer
 CHAT_SAMPLING = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}  # of the instruction-tuned releases
@@ -91,7 +96,7 @@ class Gemma:
         Returns: a `Completion`, or a list of them for a list of prompts.
         Raises: ValueError for bad values, empty or too long prompts, ids outside the vocabulary.
         """
-        is_single = _is_single(prompt)
+        is_single = prompting.is_single(prompt)
         prompts: Any = [prompt] if is_single else list(prompt)
         read = prompting.assemble_all(prompts, images, self.tokenizer, self.config, image_options)
         done = complete(self._session(read, seed, sampling, edits), self.tokenizer, self.stop_ids)
@@ -108,7 +113,7 @@ class Gemma:
         **sampling: Any,
     ) -> Iterator[Piece]:
         """Continues one prompt; yields pieces of whole characters as they come, the last with a finish_reason."""
-        if not _is_single(prompt):
+        if not prompting.is_single(prompt):
             raise ValueError("stream continues one prompt; use generate for a batch")
         read = prompting.assemble_all([prompt], images, self.tokenizer, self.config, image_options)
         return self._stream(read, seed, sampling, edits)
@@ -117,6 +122,9 @@ class Gemma:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Any] = (),
+        max_rounds: int = 8,
+        tool_form: str | None = None,
         image_options: ImageOptions = ImageOptions(),
         seed: int | None = None,
         edits: Sequence[Edit] = (),
@@ -129,12 +137,27 @@ class Gemma:
         released (temperature 1, top_k 64, top_p 0.95) unless told otherwise, up to the end of the turn or of the
         context. Control tokens come from the template alone: text of users never becomes one.
 
-        Raises: ChatError (a ValueError) for roles out of order and parts of another kind; ImageError, a ValueError too.
+        Args:
+            tools: functions that the model may call: typed Python functions with a docstring, which are run here, or
+                OpenAI's JSON, whose calls come back in `tool_calls`; see `gemma_jax.tools.schema`. Calls are checked
+                against the schema first; wrong calls, and what a function raises, are told to the model.
+            max_rounds: how often calls are run and the model is asked again.
+            tool_form: "python" or "json", as Gemma 3 is told to write calls, or "functiongemma", its own tokens. None:
+                what the vocabulary says.
+
+        Raises: ChatError for roles out of order and parts of another kind, ToolSchemaError for tools that cannot be
+            offered, ImageError: all are ValueErrors.
         """
-        prompt = self._chat_prompt(messages, image_options)
-        return complete(
-            self._session([prompt], seed, self._chat_sampling(sampling), edits), self.tokenizer, self.stop_ids
-        )[0]
+        tokenizer = self._need_tokenizer("chat")
+        if isinstance(max_rounds, bool) or not isinstance(max_rounds, int) or max_rounds < 0:
+            raise ValueError(f"max_rounds is {max_rounds!r}; wanted a whole number, 0 or more")
+
+        def answer(parts: Sequence[Part | Picture]) -> Completion:
+            prompt = prompting.assemble(parts, tokenizer, self.config, image_options)
+            session = self._session([prompt], seed, self._chat_sampling(sampling), edits)
+            return complete(session, tokenizer, self.stop_ids)[0]
+
+        return converse(answer, messages, tool_set(tools), form_of(tokenizer, tool_form), tokenizer, max_rounds)
 
     def stream_chat(
         self,
@@ -145,8 +168,31 @@ class Gemma:
         edits: Sequence[Edit] = (),
         **sampling: Any,
     ) -> Iterator[Piece]:
-        """`chat` as a stream of pieces."""
-        return self._stream([self._chat_prompt(messages, image_options)], seed, self._chat_sampling(sampling), edits)
+        """`chat` as a stream of pieces, without tools."""
+        tokenizer = self._need_tokenizer("chat")
+        parts = form_of(tokenizer).prompt(messages, ())
+        prompt = prompting.assemble(parts, tokenizer, self.config, image_options)
+        return self._stream([prompt], seed, self._chat_sampling(sampling), edits)
+
+    def translate(self, texts: str | Sequence[str], *, source: str, target: str, **sampling: Any) -> Any:
+        """Translations of texts, of one or of several in a batch. For TranslateGemma; text in images goes by `chat`.
+
+        Args:
+            source, target: codes such as "en", "de-AT" or "zh-Hant".
+            **sampling: as for `generate`; the most likely tokens unless told otherwise.
+
+        Returns: a text, or a list of them. Raises ValueError for unknown languages.
+        """
+        tokenizer = self._need_tokenizer("translate")
+        languages = translategemma.language(source), translategemma.language(target)
+        several = [texts] if isinstance(texts, str) else list(texts)
+        if not several:
+            return []
+        turns = [[{"role": "user", "content": translategemma.of_text(text, *languages)}] for text in several]
+        prompts = [Prompt(encode_chat(tokenizer, turn)) for turn in turns]
+        sampling = {"max_new_tokens": self.config.context, **sampling}
+        done = complete(self._session(prompts, sampling.pop("seed", None), sampling, ()), tokenizer, self.stop_ids)
+        return done[0].text if isinstance(texts, str) else [completion.text for completion in done]
 
     def logits(
         self,
@@ -216,16 +262,10 @@ class Gemma:
         """
         dimension = embedding.check_dimension(dim, self.config)
         prefix = embedding.prompt_of(task, title)
-        if self.tokenizer is None:
-            raise ValueError(f"{self.config.name} was loaded without a tokenizer, which embed needs")
+        tokenizer = self._need_tokenizer("embed")
         several = [texts] if isinstance(texts, str) else list(texts)
-        if wrong := [text for text in several if not isinstance(text, str)]:
-            raise TypeError(f"texts holds a {type(wrong[0]).__name__}; wanted texts")
-        if not several:
-            return np.zeros((0, dimension), np.float32)
-        eos = self.tokenizer.eos_id
-        rows = [[*self.tokenizer.encode(prefix + text), eos] for text in several]
-        found = embedding.embed(self.model, embedding.cut(rows, self.config, truncate, eos), dimension)
+        rows = embedding.rows(several, prefix, tokenizer, self.config.context, truncate)
+        found = embedding.embed(self.model, rows, dimension)
         return found[0] if isinstance(texts, str) else found
 
     def classify_image(
@@ -245,25 +285,12 @@ class Gemma:
 
         Raises: ValueError for unknown policies and models without tower or tokenizer; ImageError.
         """
-        if self.tokenizer is None:
-            raise ValueError(f"{self.config.name} was loaded without a tokenizer, which classify_image needs")
+        tokenizer = self._need_tokenizer("classify_image")
         if image_options.pan_and_scan:
             raise ValueError("ShieldGemma sees the whole image only; leave pan_and_scan out")
         texts = shieldgemma.chosen(policies)
-        size = vision.tower_of(self.config).image_size
-        pixels = media.prepare(image, size, image_options)
-        tokenizer, config = self.tokenizer, self.config
-        ids = [
-            prompting.assemble(shieldgemma.prompt(pixels[0], text), tokenizer, config, image_options).ids
-            for text in texts.values()
-        ]
-        index = vision.soft_indices(ids, len(ids), config)
-        vectors = jnp.broadcast_to(self.see(pixels), (len(ids), vision.tower_of(config).num_soft_tokens, config.width))
-        answers = [tokenizer.id_of(shieldgemma.YES), tokenizer.id_of(shieldgemma.NO)]
-        ids = [np.where(part >= 0, 0, row).tolist() for part, row in zip(index, ids, strict=True)]
-        logits = next_logits(self.model, ids, answers, Images(vectors, index)).astype(np.float64)
-        violated = 1 / (1 + np.exp(logits[:, 1] - logits[:, 0]))
-        return dict(zip(texts, violated.tolist(), strict=True))
+        pixels = media.prepare(image, vision.tower_of(self.config).image_size, image_options)
+        return violations(self.model, tokenizer, pixels, self.see(pixels), texts, image_options)
 
     def save(
         self,
@@ -301,9 +328,9 @@ class Gemma:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer unless ignore_eos: `<eos>`, and `<end_of_turn>` of instruction-tuned models."""
+        """Ids that end an answer unless ignore_eos; see `Tokenizer.stop_ids`."""
         if self.tokenizer is not None:
-            return self.tokenizer.eos_id, self.tokenizer.end_of_turn_id
+            return self.tokenizer.stop_ids
         return tuple(i for i in STOP_IDS if i < self.config.vocab_size)
 
     def batch(self, tokens: Any, images: Any = None, mask: Any = None) -> tuple[jax.Array, Places, Inserted | None]:
@@ -361,27 +388,10 @@ class Gemma:
             inserted = Images(self.see(pixels), index)
         return Session(edited(self.model, edits, len(ids)), ids, rows, self.stop_ids, images=inserted)
 
-    def _chat_prompt(self, messages: Sequence[Mapping[str, Any]], options: ImageOptions) -> Prompt:
+    def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
-            raise ValueError(f"{self.config.name} was loaded without a tokenizer, which chat needs")
-        return prompting.assemble(chat_parts(messages), self.tokenizer, self.config, options)
+            raise ValueError(f"{self.config.name} was loaded without a tokenizer, which {what} needs")
+        return self.tokenizer
 
     def _chat_sampling(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
         return {"max_new_tokens": self.config.context, **CHAT_SAMPLING, **sampling}
-
-
-def sampling_params(**sampling: Any) -> SamplingParams:
-    """SamplingParams from keywords; an unknown one is a TypeError that lists those there are."""
-    names = [field.name for field in dataclasses.fields(SamplingParams)]
-    unknown = sorted(set(sampling) - set(names))
-    if unknown:
-        raise TypeError(f"unknown sampling parameter {', '.join(unknown)}; there are {', '.join(names)}")
-    return SamplingParams(**sampling)
-
-
-def _is_single(prompt: Any) -> bool:
-    if isinstance(prompt, str):
-        return True
-    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes | bytearray):
-        raise TypeError(f"prompt is a {type(prompt).__name__}; wanted a text, a list of token ids, or a list of these")
-    return len(prompt) > 0 and isinstance(prompt[0], int | np.integer)

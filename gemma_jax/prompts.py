@@ -12,8 +12,8 @@ from gemma_jax.media import images as media
 from gemma_jax.media import vision
 from gemma_jax.media.images import ImageOptions
 from gemma_jax.text import parts
-from gemma_jax.text.chat import BOS, IMAGE, Picture
-from gemma_jax.text.parts import Control, Ids, Part
+from gemma_jax.text.chat import BOS, IMAGE
+from gemma_jax.text.parts import Control, Ids, Part, Picture
 from gemma_jax.text.tokenizer import Tokenizer
 
 BEFORE_CROPS = ("Here is the original image ", " and here are some crops to help you see better ")
@@ -119,3 +119,12 @@ def _count_places(prompt: str | Sequence[int], config: DecoderConfig) -> int:
         return prompt.count(IMAGE)
     tower = vision.tower_of(config)
     return int(np.sum(np.asarray(prompt) == tower.soft_token)) // tower.num_soft_tokens
+
+
+def is_single(prompt: Any) -> bool:
+    """Whether this is one prompt, not several. Raises TypeError for what is neither."""
+    if isinstance(prompt, str):
+        return True
+    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes | bytearray):
+        raise TypeError(f"prompt is a {type(prompt).__name__}; wanted a text, a list of token ids, or a list of these")
+    return len(prompt) > 0 and isinstance(prompt[0], int | np.integer)

@@ -82,8 +82,8 @@ def test_the_smallest_top_p_or_temperature_takes_the_best_token_and_seeds_may_be
 
 
 def test_the_tokenizer_says_which_ids_end_an_answer(gemma):
-    """<end_of_turn> is 106 in Gemma 3's vocabulary and 107 in its forerunners'."""
-    tokenizer = types.SimpleNamespace(eos_id=1, end_of_turn_id=107)
+    """`<end_of_turn>` is 106 in Gemma 3's vocabulary and 107 in its forerunners'."""
+    tokenizer = types.SimpleNamespace(stop_ids=(1, 107))
     assert Gemma(gemma.config, gemma.model, tokenizer).stop_ids == (1, 107)
     assert Gemma(gemma.config, gemma.model).stop_ids == (1, 106)
 

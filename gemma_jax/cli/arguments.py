@@ -83,7 +83,7 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 def load(options: argparse.Namespace) -> "Gemma":
     """The model of the options. Sampling options are checked first: a typing error should not cost a load."""
-    from gemma_jax.model import sampling_params
+    from gemma_jax.generate.sampling import sampling_params
 
     if hasattr(options, "temperature"):
         given = sampling(options)

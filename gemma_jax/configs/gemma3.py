@@ -1,5 +1,7 @@
 """Gemma 3 (arXiv:2503.19786): the published sizes as data."""
 
+import dataclasses
+
 from gemma_jax.configs.config import AttentionConfig, AttentionKind, DecoderConfig, LayerSpec, VisionConfig
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 262_144, 262_208  # multimodal files pad the table by 64 rows that stand for no token
@@ -27,6 +29,7 @@ def _gemma3(
     rope_scale: float = 8.0,
     context: int = 131_072,
     vision: VisionConfig | None = SIGLIP_SO400M,
+    is_causal: bool = True,
 ) -> DecoderConfig:
     num_heads, num_kv_heads, head_dim = heads
     return DecoderConfig(
@@ -41,6 +44,7 @@ def _gemma3(
             query_pre_attn_scalar=query_pre_attn_scalar,
             local=AttentionKind(window=window, rope_theta=10_000.0),
             global_=AttentionKind(window=None, rope_theta=1_000_000.0, rope_scale=rope_scale),
+            is_causal=is_causal,
         ),
         layers=five_to_one(num_layers, ffw_width),
         period=PERIOD,
@@ -80,4 +84,30 @@ GEMMA3_27B = _gemma3(
     heads=(32, 16, 128),
     window=1024,
     query_pre_attn_scalar=168.0,  # width / query heads; the other sizes use the width of a head
+)
+EMBEDDING_GEMMA = dataclasses.replace(  # arXiv:2509.20354
+    _gemma3(
+        "embeddinggemma-300m",
+        width=768,
+        num_layers=24,
+        ffw_width=1152,
+        heads=(3, 1, 256),
+        window=512,
+        rope_scale=1.0,
+        context=2048,
+        vision=None,
+        is_causal=False,
+    ),
+    dense_widths=(3072, 768),
+)
+DERIVED = tuple(  # other weights and templates, the same architecture
+    dataclasses.replace(base, name=name)
+    for base, names in (
+        (GEMMA3_270M, ["functiongemma-270m"]),
+        (GEMMA3_4B, ["shieldgemma-2-4b", "medgemma-4b", "medgemma-1.5-4b", "translategemma-4b"]),
+        (GEMMA3_12B, ["translategemma-12b"]),
+        (GEMMA3_27B, ["medgemma-27b", "translategemma-27b"]),
+        (dataclasses.replace(GEMMA3_27B, vision=None), ["medgemma-27b-text"]),
+    )
+    for name in names
 )

@@ -13,6 +13,8 @@ _MODELS = {
         gemma3.GEMMA3_4B,
         gemma3.GEMMA3_12B,
         gemma3.GEMMA3_27B,
+        gemma3.EMBEDDING_GEMMA,
+        *gemma3.DERIVED,
         gemma3n.GEMMA3N_E2B,
         gemma3n.GEMMA3N_E4B,
         gemma2.GEMMA2_2B,

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from gemma_jax.generate.engine import Session, Step
 from gemma_jax.generate.sampling import SamplingParams
 from gemma_jax.generate.stopping import StopText
 from gemma_jax.text.stream import StreamDecoder
 from gemma_jax.text.tokenizer import Tokenizer
+from gemma_jax.tools.calls import ToolCall, ToolCallError
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,13 @@ class Completion:
 
     text: str | None
     tokens: list[int]
-    finish_reason: str  # "stop": a stop id or text; "length": max_new_tokens or the context
+    finish_reason: str  # "stop": a stop id or text; "length": max_new_tokens or the context; "tool_calls": see below
     prompt_tokens: int
     logprobs: list[float] | None = None  # of each token
     top_logprobs: list[dict[int, float]] | None = None  # the most likely ids for each token, if more than 0 were asked
+    messages: list[dict[str, Any]] | None = None  # of `chat`: what it adds to the conversation, this answer at the end
+    tool_calls: list[ToolCall] | None = None  # that wait to be run by the caller
+    tool_error: ToolCallError | None = None  # what is wrong with a call in this answer, if none was left to tell it
 
 
 @dataclass(frozen=True)

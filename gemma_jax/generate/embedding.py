@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gemma_jax.configs.config import DecoderConfig
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.masks import Places
+from gemma_jax.text.tokenizer import Tokenizer
 
 ROWS = 8  # texts computed at once
 SHORTEST = 16  # tokens a row is padded to at least; longer ones to powers of two, so that few programs are compiled
@@ -81,14 +82,22 @@ def embed(model: Decoder, rows: Sequence[Sequence[int]], dimension: int) -> Floa
     return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
-def cut(rows: Sequence[Sequence[int]], config: DecoderConfig, truncate: bool, eos_id: int) -> Sequence[Sequence[int]]:
-    """The rows, those that are too long cut, with their `<eos>` kept. Raises ValueError for them unless `truncate`."""
-    fitting = []
-    for i, row in enumerate(rows):
-        if len(row) > config.context and not truncate:
+def rows(
+    texts: Sequence[str], prefix: str, tokenizer: Tokenizer, context: int, truncate: bool = False
+) -> list[list[int]]:
+    """The ids of texts, `<bos>` and `<eos>` included; with `truncate` those that are too long lose their end.
+
+    Raises ValueError for texts longer than the context otherwise, TypeError for what is no text.
+    """
+    found = []
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts holds a {type(text).__name__}; wanted texts")
+        ids = tokenizer.encode(prefix + text)
+        if len(ids) >= context and not truncate:
             raise ValueError(
-                f"text {i} has {len(row)} tokens; {config.name} reads at most {config.context}: split it, or give "
+                f"text {i} has {len(ids) + 1} tokens; the model reads at most {context}: split it, or give "
                 "truncate=True to lose its end"
             )
-        fitting.append(row if len(row) <= config.context else [*row[: config.context - 1], eos_id])
-    return fitting
+        found.append([*ids[: context - 1], tokenizer.eos_id])
+    return found

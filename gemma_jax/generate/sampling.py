@@ -1,5 +1,6 @@
 """From logits to a token: what the user may ask for, and the same as arrays, one value a row."""
 
+import dataclasses
 import math
 import secrets
 from collections.abc import Callable, Sequence
@@ -196,3 +197,12 @@ def logprobs(
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - total
     best, ids = jax.lax.top_k(logits, count)
     return chosen, best - total[:, None], ids.astype(jnp.int32)
+
+
+def sampling_params(**sampling: Any) -> SamplingParams:
+    """SamplingParams from keywords; an unknown one is a TypeError that lists those there are."""
+    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    unknown = sorted(set(sampling) - set(names))
+    if unknown:
+        raise TypeError(f"unknown sampling parameter {', '.join(unknown)}; there are {', '.join(names)}")
+    return SamplingParams(**sampling)

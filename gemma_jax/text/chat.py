@@ -1,11 +1,10 @@
 """Gemma 3's chat template, in Python: a template from a file would be code of strangers (gemma3.md section 7)."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from gemma_jax.text import parts
-from gemma_jax.text.parts import Control, Part
+from gemma_jax.text import parts, translategemma
+from gemma_jax.text.parts import Control, Part, Picture
 from gemma_jax.text.tokenizer import Tokenizer
 
 START, END, BOS, IMAGE = "<start_of_turn>", "<end_of_turn>", "<bos>", "<start_of_image>"
@@ -14,13 +13,6 @@ ROLES = {"user": "user", "assistant": "model", "model": "model"}
 
 class ChatError(ValueError):
     """Messages that are no conversation Gemma knows."""
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """The place of an image in a prompt, and what holds it (see `media.images.read`)."""
-
-    source: Any
 
 
 def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
@@ -53,8 +45,13 @@ def chat_parts(messages: Sequence[Mapping[str, Any]], add_generation_prompt: boo
     """The conversation in parts, images where they stand. Raises ChatError as `encode_chat`."""
     prompt: list[Part | Picture] = [Control(BOS)]
     for role, content in _turns(messages):
-        prompt += [Control(START), f"{role}\n", *content, Control(END), "\n"]
+        prompt += turn(role, content)
     return [*prompt, Control(START), "model\n"] if add_generation_prompt else prompt
+
+
+def turn(role: str, content: Iterable[Part | Picture]) -> list[Part | Picture]:
+    """One turn; `role` is "user" or "model"."""
+    return [Control(START), f"{role}\n", *content, Control(END), "\n"]
 
 
 def _turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Part | Picture]]]:
@@ -63,7 +60,7 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Pa
         raise ChatError("messages is empty or not a list; wanted at least one {'role': 'user', 'content': ...}")
     prefix, first = [], 0
     if _role(messages[0], 0) == "system":
-        prefix, first = [_system(messages[0]) + "\n\n"], 1
+        prefix, first = [system_text(messages[0]) + "\n\n"], 1
     if len(messages) == first:
         raise ChatError("there is only a system message; a user message must follow")
     for i, message in enumerate(messages[first:]):
@@ -80,15 +77,18 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Pa
 def content_parts(content: Any, at: int) -> list[Part | Picture]:
     """A message's content: each text trimmed, nothing between them, images in their places.
 
-    `{"type": "image", "image": ...}` holds what `media.images.read` takes; OpenAI's `image_url` a data URL. Raises
-    ChatError for other parts; `at` is the message's number.
+    `{"type": "image", "image": ...}` holds what `media.images.read` takes; OpenAI's `image_url` a data URL. A text or
+    image with `source_lang_code` and `target_lang_code` is a request to TranslateGemma. Raises ChatError for other
+    parts and unknown languages; `at` is the message's number.
     """
     if isinstance(content, str):
         return [content.strip()]
     found: list[Part | Picture] = []
     for part in _content_list(content, at):
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
+        if isinstance(part, Mapping) and translategemma.KEYS & set(part):
+            found += _translation(part, at)
+        elif kind == "text" and isinstance(part.get("text"), str):
             found.append(part["text"].strip())
         elif kind == "image" and part.get("image") is not None:
             found.append(Picture(part["image"]))
@@ -100,6 +100,19 @@ def content_parts(content: Any, at: int) -> list[Part | Picture]:
                 "'image': ...}} or {'type': 'image_url', 'image_url': {'url': 'data:image/...'}}"
             )
     return found
+
+
+def _translation(part: Mapping[str, Any], at: int) -> list[Part | Picture]:
+    try:
+        languages = [translategemma.language(part.get(key)) for key in ("source_lang_code", "target_lang_code")]
+    except ValueError as error:
+        raise ChatError(f"message {at}: {error}") from None
+    kind = part.get("type")
+    if kind == "text" and isinstance(part.get("text"), str):
+        return [translategemma.of_text(part["text"], *languages)]
+    if kind == "image" and part.get("image") is not None:
+        return [translategemma.of_image(*languages), Picture(part["image"])]
+    raise ChatError(f"message {at} asks for a translation of {kind!r}; wanted a text, under 'text', or an image")
 
 
 def _data_url(value: Any, at: int) -> str:
@@ -127,7 +140,8 @@ def _role(message: Any, at: int) -> str:
     return message["role"]
 
 
-def _system(message: Mapping[str, Any]) -> str:
+def system_text(message: Mapping[str, Any]) -> str:
+    """What a system message says, untrimmed. Raises ChatError for anything but text."""
     content = message["content"]
     if isinstance(content, str):
         return content

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gemma_jax.text.tokenizer import Tokenizer
 
@@ -20,7 +21,14 @@ class Ids:
     ids: tuple[int, ...]
 
 
-Part = str | Control | Ids
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """The place of an image in a prompt, and what holds it (see `media.images.read`)."""
+
+    source: Any
+
+
+Part = str | Control | Ids  # what a prompt is encoded from, once its images have become ids
 
 
 def encode(tokenizer: Tokenizer, parts: Iterable[Part]) -> list[int]:

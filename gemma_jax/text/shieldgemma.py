@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gemma_jax.text.chat import BOS, END, START, Picture
-from gemma_jax.text.parts import Control, Part
+from gemma_jax.text.chat import BOS, END, START
+from gemma_jax.text.parts import Control, Part, Picture
 
 POLICIES: Mapping[str, str] = {
     "dangerous": (

@@ -16,6 +16,7 @@ from gemma_jax.text.vocabulary import (
     BOS,
     END_OF_TURN,
     EOS,
+    FUNCTION_RESPONSE,
     PAD,
     SPACE,
     UNKNOWN,
@@ -101,6 +102,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of pieces; ids run from 0 to this minus 1."""
         return len(self._pieces)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """`<eos>`, `<end_of_turn>`, and what FunctionGemma writes behind its calls, where the vocabulary has it."""
+        awaits = self.control_ids.get(FUNCTION_RESPONSE)
+        return self.eos_id, self.end_of_turn_id, *(() if awaits is None else (awaits,))
 
     def encode(self, text: str, *, bos: bool = True, control: bool = False) -> list[int]:
         """The ids of a text.

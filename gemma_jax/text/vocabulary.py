@@ -28,6 +28,7 @@ class PieceType(IntEnum):
 
 
 PAD, EOS, BOS, UNKNOWN, END_OF_TURN = "<pad>", "<eos>", "<bos>", "<unk>", "<end_of_turn>"
+FUNCTION_RESPONSE = "<start_function_response>"  # FunctionGemma ends with it when it has called
 
 _HTML_TAGS = (
     "table|caption|thead|tbody|tfoot|tr|th|td|h1|h2|h3|h4|h5|h6|blockquote|strong|em|b|i|u|s|sub|"

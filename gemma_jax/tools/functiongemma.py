@@ -4,7 +4,6 @@ All is made and read as parts: `<escape>`, which opens and closes every text, is
 braces and colons in a text are text, and nobody's text can end it.
 """
 
-import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,8 @@ from typing import Any
 
 from gemma_jax.text.chat import BOS, END, START, ChatError
 from gemma_jax.text.parts import Control, Part, merged
+from gemma_jax.text.vocabulary import FUNCTION_RESPONSE
+from gemma_jax.tools import turns
 from gemma_jax.tools.calls import ToolCall, ToolCallError
 from gemma_jax.tools.schema import Tool
 
@@ -19,7 +20,7 @@ DEVELOPER_TEXT = "You are a model that can do function calling with the followin
 ESCAPE = Control("<escape>")
 DECLARATION = Control("<start_function_declaration>"), Control("<end_function_declaration>")
 CALL = Control("<start_function_call>"), Control("<end_function_call>")
-RESPONSE = Control("<start_function_response>"), Control("<end_function_response>")
+RESPONSE = Control(FUNCTION_RESPONSE), Control("<end_function_response>")
 MAX_DEPTH = 50  # of lists and objects in each other
 _NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
 _BARE = {"true": True, "false": False, "null": None}
@@ -28,60 +29,31 @@ _BARE = {"true": True, "false": False, "null": None}
 def conversation(messages: Sequence[Mapping[str, Any]], tools: Iterable[Tool]) -> list[Part]:
     """A conversation of OpenAI-style messages with the tools' declarations, up to where the model goes on.
 
-    Results of tools (role `tool`) stand in the model's turn, behind its calls. Raises ChatError for messages out of
-    order, and content that is no text.
+    Results of tools (role `tool`) stand in the model's turn, behind its calls. Raises as `turns.read`, and ChatError
+    for content that is no text.
     """
     tools = list(tools)
-    rest = list(messages)
-    texts = [_text(rest.pop(0), 0)] if rest and rest[0].get("role") in ("system", "developer") else []
+    system, said = turns.read(messages)
+    texts = [] if system is None else [_text(system.get("content"), 0)]
     prompt: list[Part] = [Control(BOS)]
     if tools or texts:
         texts += [DEVELOPER_TEXT] if tools and not any(DEVELOPER_TEXT in text for text in texts) else []
         prompt += [Control(START), "developer\n", "\n".join(texts), *declarations(tools), Control(END), "\n"]
-    if not rest:
-        raise ChatError("messages has no message of a user")
-    return [*prompt, *_turns(rest, len(messages) - len(rest))]
-
-
-def _turns(messages: Sequence[Mapping[str, Any]], first: int) -> list[Part]:
-    prompt: list[Part] = []
-    wanted, is_open = ("user",), False  # is_open: in a model's turn, after its calls
-    for i, message in enumerate(messages, first):
-        role = message.get("role") if isinstance(message, Mapping) else None
-        if role not in wanted:
-            raise ChatError(f"message {i} has role {role!r}; wanted {' or '.join(wanted)} here")
-        if role == "user":
-            prompt += [Control(START), "user\n", _text(message, i), Control(END), "\n"]
-            wanted = ("assistant", "model")
-        elif role == "tool":
-            prompt += responses(_responses(message, i))
-            wanted, is_open = ("tool", "assistant", "model"), True
+    is_open = False  # in a model's turn, after its calls
+    for turn in said:
+        if turn.role == "user":
+            prompt += [Control(START), "user\n", _text(turn.content, turn.at), Control(END), "\n"]
+        elif turn.role == "tool":
+            prompt += responses(turn.results)
         else:
-            made = [ToolCall.of_message(call, k) for k, call in enumerate(message.get("tool_calls") or ())]
             prompt += [] if is_open else [Control(START), "model\n"]
-            prompt += [_text(message, i), *calls(made)]
-            prompt += [] if made else [Control(END), "\n"]
-            wanted, is_open = (("tool",), True) if made else (("user",), False)
-    if wanted == ("user",):
-        raise ChatError("the last message is an assistant's; wanted one of a user, or of a tool")
+            prompt += [] if turn.content is None else [_text(turn.content, turn.at)]
+            prompt += calls(turn.calls) if turn.calls else [Control(END), "\n"]
+            is_open = bool(turn.calls)
     return prompt if is_open else [*prompt, Control(START), "model\n"]
 
 
-def _responses(message: Mapping[str, Any], at: int) -> list[tuple[str, Any]]:
-    """A tool's message: its name beside its content, as the API has it."""
-    name, content = message.get("name"), message.get("content")
-    if not isinstance(name, str):
-        raise ChatError(f"message {at} is a tool's without its name; wanted {{'role': 'tool', 'name', 'content'}}")
-    if isinstance(content, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            content = json.loads(content)
-    return [(name, content)]
-
-
-def _text(message: Mapping[str, Any], at: int) -> str:
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return ""
+def _text(content: Any, at: int) -> str:
     if isinstance(content, str):
         return content.strip()
     if isinstance(content, Sequence) and all(

@@ -7,9 +7,12 @@ model writes is parsed as data and never evaluated.
 import ast
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from gemma_jax.text import chat
+from gemma_jax.text.parts import Control, Part, Picture
+from gemma_jax.tools import turns
 from gemma_jax.tools.calls import ToolCall, ToolCallError
 from gemma_jax.tools.schema import Tool
 
@@ -28,6 +31,25 @@ _NAME = r"[A-Za-z_][\w.-]*"
 _PYTHON_HEAD = re.compile(rf"\[\s*{_NAME}\(|{_NAME}\(")
 _JSON_HEAD = re.compile(r'(\[\s*)?\{\s*"(name|parameters|arguments|type|function)"\s*:')
 _NAMES = {"true": True, "false": False, "null": None}  # of JSON, which models mix in
+
+
+def conversation(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], form: str) -> list[Part | Picture]:
+    """A conversation of OpenAI-style messages, up to where the model goes on; the tools stand in front of the first
+    user's words, behind a system message. Without tools it is `text.chat.chat_parts`. Raises as `turns.read`.
+    """
+    system, said = turns.read(messages)
+    front = [] if system is None else [chat.system_text(system)]
+    front += [instructions(tools, form)] if tools else []
+    prompt: list[Part | Picture] = [Control(chat.BOS)]
+    for i, turn in enumerate(said):
+        if turn.role == "tool":
+            content: list[Part | Picture] = [output(turn.results)]
+        else:
+            content = [] if turn.content is None else chat.content_parts(turn.content, turn.at)
+            content += [render(turn.calls, form)] if turn.calls else []
+        before = [f"{text}\n\n" for text in front] if i == 0 else []
+        prompt += chat.turn("model" if turn.role == "model" else "user", [*before, *content])
+    return [*prompt, Control(chat.START), "model\n"]
 
 
 def instructions(tools: Iterable[Tool], form: str) -> str:

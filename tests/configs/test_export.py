@@ -11,7 +11,8 @@ from gemma_jax.configs.huggingface import from_huggingface, to_huggingface
 @pytest.mark.parametrize("name", configs.names())
 def test_every_published_decoder_survives_both_formats(name):
     config = configs.get(name)
-    assert from_huggingface(to_huggingface(config, "bfloat16"), name) == config
+    described = config.replace_all([("dense_widths", ())])  # sentence-transformers has folders of their own for these
+    assert from_huggingface(to_huggingface(config, "bfloat16"), name) == described
     config = config.replace_all([("vision", None), ("audio", None)])  # GGUF keeps towers in files of their own
     metadata = to_gguf(config)
     assert from_gguf({**metadata, f"{metadata['general.architecture']}.vocab_size": config.vocab_size}, name) == config

@@ -1,8 +1,9 @@
+import dataclasses
 import math
 
 import pytest
 
-from gemma_jax import configs
+from gemma_jax import configs, hub
 from gemma_jax.configs.config import ConfigError
 
 # gemma3.md, 1.1: L, D, N, K, H, F, W, global layers, rope scale, query_pre_attn_scalar, context, vision
@@ -24,6 +25,17 @@ EARLIER = {
 }
 
 
+DERIVED = {  # gemma3.md, 1.3
+    "functiongemma-270m": "gemma-3-270m",
+    "shieldgemma-2-4b": "gemma-3-4b",
+    "medgemma-4b": "gemma-3-4b",
+    "medgemma-1.5-4b": "gemma-3-4b",
+    "medgemma-27b": "gemma-3-27b",
+    "medgemma-27b-text": "gemma-3-27b",
+    "translategemma-4b": "gemma-3-4b",
+    "translategemma-12b": "gemma-3-12b",
+    "translategemma-27b": "gemma-3-27b",
+}
 GEMMA3N = ("gemma-3n-e2b", "gemma-3n-e4b")  # tests/test_conversion_3n.py
 
 
@@ -42,7 +54,7 @@ def sizes(config):
 
 
 def test_all_published_sizes_are_registered():
-    assert set(configs.names()) == {*GEMMA3, *EARLIER, *GEMMA3N}
+    assert set(configs.names()) == {*GEMMA3, *EARLIER, *GEMMA3N, *DERIVED, "embeddinggemma-300m"}
 
 
 @pytest.mark.parametrize("name", GEMMA3)
@@ -73,6 +85,24 @@ def test_what_all_of_gemma_3_share(name):
     assert config.attention.is_causal
     assert config.has_tied_head
     assert config.has_embedding_scale
+
+
+@pytest.mark.parametrize(("name", "base"), DERIVED.items())
+def test_derived_models_have_the_architecture_of_their_base(name, base):
+    config, wanted = configs.get(f"google/{name}-it"), configs.get(base)
+    vision = None if name.endswith("-text") else wanted.vision
+    assert config == dataclasses.replace(wanted, name=name, vision=vision)
+    assert hub.repository(name) == hub.repository(f"{name}-it") == f"google/{name}-it"
+
+
+def test_embeddinggemma_has_the_numbers_of_the_specification():
+    config = configs.get("google/embeddinggemma-300m")
+    assert sizes(config) == (24, 768, 3, 1, 256, 1152)
+    assert [i for i, spec in enumerate(config.layers) if not spec.is_local] == [5, 11, 17, 23]
+    assert (config.attention.is_causal, config.attention.local.window, config.context) == (False, 512, 2048)
+    assert config.dense_widths == (3072, 768)
+    assert config.attention.query_scale == 0.0625
+    assert hub.repository("embeddinggemma-300m") == "google/embeddinggemma-300m"
 
 
 def test_the_largest_scales_queries_by_its_width_per_head():

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from gemma_jax import configs
+from gemma_jax.configs.gemma3 import DERIVED
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.paths import parameters
 
@@ -92,4 +93,13 @@ def test_gemma_1_and_2_have_the_parameters_of_their_reports(counts, name):
 
 def test_every_registered_model_is_counted_here():
     third_n = {name for name in configs.names() if name.startswith("gemma-3n")}  # tests/test_conversion_3n.py
-    assert {*GEMMA3, *EARLIER} == set(configs.names()) - third_n
+    derived = {config.name for config in DERIVED}  # tests/configs/test_registry.py: their bases' shapes
+    assert {*GEMMA3, *EARLIER, "embeddinggemma-300m"} == set(configs.names()) - third_n - derived
+
+
+def test_embeddinggemma(counts):
+    """gemma3.md, 1.2."""
+    found = counts("embeddinggemma-300m")
+    assert found["embedder"] == 201_326_592
+    assert found["dense_0"] + found["dense_1"] == 4_718_592
+    assert sum(found.values()) == 307_581_696
