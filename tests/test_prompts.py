@@ -1,7 +1,6 @@
 """Images in prompts: where their places are, against transformers' processor and the specification's ids."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from gemma_jax.configs.config import VisionConfig
 from gemma_jax.media.images import ImageOptions
 from gemma_jax.text.chat import ChatError, chat_parts, encode_chat, render
 from gemma_jax.text.tokenizer import Tokenizer
-from tests.vocabulary import PIECES, huggingface_data
+from tests.vocabulary import PIECES, huggingface_data, transformers_tokenizer
 
 BEGIN, END, SOFT, COUNT = PIECES.index("<start_of_image>"), PIECES.index("<end_of_image>"), len(PIECES), 4
 NEWLINE, TWO, THREE = (PIECES.index("\n" * n) for n in (1, 2, 3))
@@ -92,30 +91,10 @@ def test_for_transformers_newlines_merge(tokenizer, config):
 def processor():
     """transformers' own, around a tokenizer with our small vocabulary."""
     transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-    data = huggingface_data()
-    added = [
-        {**token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        for token in data["added_tokens"]
-    ]
-    whole = {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-        "decoder": {"type": "Fuse"},
-        "model": {**data["model"], "fuse_unk": True, "unk_token": "<unk>", "ignore_merges": False},
-    }
-    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(whole)),
-        extra_special_tokens=names,
-        pad_token="<pad>",
-        padding_side="left",
-    )
     images = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
-    return transformers.Gemma3Processor(images, fast, image_seq_length=COUNT)
+    return transformers.Gemma3Processor(images, transformers_tokenizer(huggingface_data()), image_seq_length=COUNT)
 
 
 @pytest.mark.parity

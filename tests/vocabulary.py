@@ -1,6 +1,7 @@
 """A small vocabulary in the three forms that files have, and a plain slow encoder to compare with."""
 
 import itertools
+import json
 import string
 from typing import Any
 
@@ -61,6 +62,34 @@ def huggingface_data() -> dict[str, Any]:
     added.append({"id": len(PIECES), "content": "<image_soft_token>", "special": True})
     merges = [list(pair) for pair in MERGES]
     return {"model": {"type": "BPE", "byte_fallback": True, "vocab": vocab, "merges": merges}, "added_tokens": added}
+
+
+def transformers_tokenizer(data: dict[str, Any]) -> Any:
+    """transformers' own tokenizer of a vocabulary such as `huggingface_data` gives."""
+    import tokenizers
+    import transformers
+
+    added = [
+        {**token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        for token in data["added_tokens"]
+    ]
+    whole = {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "decoder": {"type": "Fuse"},
+        "model": {**data["model"], "fuse_unk": True, "unk_token": "<unk>", "ignore_merges": False},
+    }
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(whole)),
+        extra_special_tokens={
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        },
+        pad_token="<pad>",
+        padding_side="left",
+    )
 
 
 def gguf_metadata() -> dict[str, Any]:

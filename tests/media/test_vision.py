@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import gemma_jax as gj
+from gemma_jax import interp
 from gemma_jax.generate import engine
 from gemma_jax.media import vision
 
@@ -111,6 +112,26 @@ def test_streaming_with_images_gives_what_generate_gives(gemma, data, images):
     want = gemma.generate(prompt, images=images, max_new_tokens=6, temperature=0.0).tokens
     pieces = list(gemma.stream(prompt, images=images, max_new_tokens=6, temperature=0.0))
     assert [token for piece in pieces for token in piece.tokens] == want
+
+
+def test_edits_meet_images_in_the_forward_and_in_generation(gemma, data, images):
+    """Steering the soft tokens alone, in the prompt; a zero vector changes nothing."""
+    prompt = data["x:input_ids"][0].tolist()
+    places = np.flatnonzero(np.asarray(prompt) == SOFT)
+    vector = np.random.default_rng(0).normal(0, 3, gemma.config.width).astype(np.float32)
+    steer = interp.Add("layers.0.resid_post", vector, positions=places)
+    nothing = interp.Add("layers.0.resid_post", np.zeros_like(vector), positions=places)
+    options = {"images": images, "max_new_tokens": 5, "temperature": 0.0, "ignore_eos": True}
+    plain, steered = gemma.generate(prompt, **options).tokens, gemma.generate(prompt, edits=[steer], **options).tokens
+    assert gemma.generate(prompt, edits=[nothing], **options).tokens == plain
+    assert steered != plain
+    tokens = list(prompt)
+    for _ in range(5):
+        tokens.append(int(np.asarray(gemma.logits([tokens], images, edits=[steer]))[0, -1].argmax()))
+    assert steered == tokens[len(prompt) :]
+    np.testing.assert_array_equal(gemma.logits([prompt], images, edits=[nothing]), gemma.logits([prompt], images))
+    seen = interp.capture(gemma, [prompt], ["embed"], images=images)["embed"]
+    np.testing.assert_allclose(seen[0, places], np.asarray(gemma.see(images)).reshape(len(places), -1), atol=1e-6)
 
 
 def test_a_tower_is_saved_with_its_model(gemma, data, images, tmp_path):
