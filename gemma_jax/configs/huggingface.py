@@ -82,7 +82,9 @@ def from_huggingface(data: Mapping[str, Any], name: str = "huggingface") -> Deco
         is_tied = data.get("tie_word_embeddings", True) and text.get("tie_word_embeddings", True)
         data, family = {**data, **text, "tie_word_embeddings": is_tied}, f"{family}_text"
     if not isinstance(family, str) or family not in _DEFAULTS:
-        raise ConfigError(f"model_type is {family!r}; can be read: gemma3, gemma3n, shieldgemma2, {', '.join(_DEFAULTS)}")
+        raise ConfigError(
+            f"model_type is {family!r}; can be read: gemma3, gemma3n, shieldgemma2, {', '.join(_DEFAULTS)}"
+        )
     values = {**_DEFAULTS[family], **data}
     _check_sizes(values, family)
     is_local = _pattern(values, family)

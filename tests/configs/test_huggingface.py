@@ -284,7 +284,7 @@ def test_activations(family, said, want):
     [
         (
             {"model_type": "llama"},
-            r"model_type is 'llama'; can be read: gemma3, gemma3n, shieldgemma2, gemma3_text, gemma3n_text, gemma2, gemma",
+            r"model_type is 'llama'; can be read: gemma3, gemma3n, shieldgemma2, gemma3_text, gemma3n_text, gemma2, ",
         ),
         ({"model_type": "gemma4"}, r"model_type is 'gemma4'"),
         ({"model_type": None}, r"model_type is None"),

@@ -15,6 +15,7 @@ from gemma_jax.configs.config import NormConfig, VisionConfig
 from gemma_jax.nn.layers import RMSNorm
 
 EPSILON = 1e-6  # of the encoder's layer norms
+QUERY_BLOCK = 512  # queries whose scores are held at once
 
 
 def _param(rngs: nnx.Rngs, dims: str, sizes: dict[str, int], dtype: jnp.dtype, fan_in: int) -> nnx.Param:
@@ -47,6 +48,23 @@ class LayerNorm(nnx.Module):
         return (normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
+def _attend(q: Float[Array, "R S H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"]) -> Float[Array, "R S H"]:
+    """Attention of each head of each image (R of them). Scores are made for one head's block of queries at a time, so
+    they stay in the processor's cache, and what comes out is written over the queries.
+    """
+    rows, count, _ = q.shape
+    block = max(size for size in range(1, min(count, QUERY_BLOCK) + 1) if count % size == 0)
+
+    def step(i: jax.Array, x: jax.Array) -> jax.Array:
+        row, start = i // (count // block), i % (count // block) * block
+        queries = jax.lax.dynamic_slice(x, (row, start, 0), (1, block, x.shape[2]))[0]
+        scores = jnp.einsum("TH,SH->TS", queries, k[row], preferred_element_type=jnp.float32)
+        out = jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v[row]
+        return jax.lax.dynamic_update_slice(x, out[None], (row, start, 0))
+
+    return jax.lax.fori_loop(0, rows * (count // block), step, q)
+
+
 class Attention(nnx.Module):
     """All patches look at all patches of their image."""
 
@@ -56,13 +74,9 @@ class Attention(nnx.Module):
         self.o = Linear("N H C", "C", sizes, width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S C"]:
-        q, k, v = (one("BSC,CNH->BSNH", x) for one in (self.q, self.k, self.v))
-        out = jax.lax.map(lambda row: self._one(*row), (q * self.scale, k, v))  # scores of one image at a time
-        return self.o("BSNH,NHC->BSC", out)
-
-    def _one(self, q: Float[Array, "S N H"], k: Float[Array, "S N H"], v: Float[Array, "S N H"]) -> jax.Array:
-        scores = jnp.einsum("TNH,SNH->NTS", q, k, preferred_element_type=jnp.float32)
-        return jnp.einsum("NTS,SNH->TNH", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+        q, k, v = (jnp.swapaxes(one("BSC,CNH->BSNH", x), 1, 2) for one in (self.q, self.k, self.v))
+        out = _attend(*(one.reshape(-1, *one.shape[2:]) for one in (q * self.scale, k, v)))
+        return self.o("BNSH,NHC->BSC", out.reshape(q.shape))
 
 
 class MLP(nnx.Module):
