@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemma_jax import interp
+    from gemma_jax import interp, matformer
     from gemma_jax.configs.config import ConfigError, DecoderConfig
     from gemma_jax.conversion import convert, convert_lora, verify
     from gemma_jax.generate.completion import Completion, Piece
@@ -36,13 +36,13 @@ _PUBLIC = {
 
 __all__ = [
     "ChatError", "Completion", "ConfigError", "Decoder", "DecoderConfig", "Gemma", "Piece", "SamplingParams",
-    "Tokenizer", "convert", "convert_lora", "interp", "load", "verify",
+    "Tokenizer", "convert", "convert_lora", "interp", "load", "matformer", "verify",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name == "interp":
-        return importlib.import_module("gemma_jax.interp")
+    if name in ("interp", "matformer"):
+        return importlib.import_module(f"gemma_jax.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'gemma_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(f"gemma_jax.{_PUBLIC[name]}"), name)

@@ -13,10 +13,12 @@ import gemma_checkpoints
 from gemma_checkpoints import CheckpointError, Reader, Writer, verification
 from gemma_checkpoints import lora as adapters
 from gemma_checkpoints.names import Assembly, Weights
+from gemma_checkpoints.subset import Subset
 from gemma_checkpoints.verification import Verification
 from gemma_jax import configs, export, loading
 from gemma_jax.configs.config import ConfigError
 from gemma_jax.configs.gguf import architecture
+from gemma_jax.configs.slicing import Slicing
 from gemma_jax.export import Precision
 from gemma_jax.nn.decoder import refuse_unbuilt
 from gemma_jax.text.vocabulary import TokenizerError
@@ -58,6 +60,7 @@ def convert(
     text_only: bool = False,
     style: str | None = None,
     lora: str | os.PathLike | None = None,
+    slicing: Slicing | None = None,
     verify: bool = False,
     progress: bool | None = None,
 ) -> Report:
@@ -72,6 +75,7 @@ def convert(
         text_only: leave out the towers of a multimodal model.
         style: of the prefixes of Hugging Face's names, one of `families.STYLES`. None: as the releases do it.
         lora: an adapter that is merged into the weights; see `load`.
+        slicing: writes only this part of a MatFormer model; see `matformer`.
         verify: read every tensor back and compare its digest with what was written, then load both and compare their
             logits on a fixed prompt (which needs memory for one whole model).
         progress: show a bar on stderr. None: if it is a terminal.
@@ -82,7 +86,8 @@ def convert(
     path = loading.find(source)
     with gemma_checkpoints.open(path) as reader:
         config = loading.read_config(reader, path)
-        weights = loading.open_weights(reader, config, lora)
+        weights = loading.open_weights(reader, config, lora, slicing)
+        config = config if slicing is None else slicing.apply(config)
         config = config.replace_all([("vision", None), ("audio", None)]) if text_only else config
         assembly = Assembly(export.table(to, config, style))
         precision = Precision(dtype or stored_dtype(reader), quantize)
@@ -99,7 +104,7 @@ def convert(
     if not verify:
         return report
     report = _reread(report, target)
-    return _compared(report, (path, lora), target.destination, is_exact=_is_exact(reader, precision))
+    return _compared(report, (path, lora, slicing), target.destination, is_exact=_is_exact(reader, precision))
 
 
 def convert_lora(
@@ -169,7 +174,7 @@ def _tokenizer_files(path: Path) -> dict[str, bytes]:
 
 
 def _stream(
-    weights: Weights, assembly: Assembly, target: Writer, progress: bool | None, matrix_dtype: jnp.dtype
+    weights: Weights | Subset, assembly: Assembly, target: Writer, progress: bool | None, matrix_dtype: jnp.dtype
 ) -> None:
     """`matrix_dtype` holds the source's matrices without loss: bfloat16 takes half the memory."""
     wanted = {entry.path: entry for entry in assembly.table.entries}
@@ -195,13 +200,17 @@ def _reread(report: Report, target: Writer) -> Report:
 
 
 def _compared(
-    report: Report, source: tuple[Path, str | os.PathLike | None], destination: Path, *, is_exact: bool
+    report: Report,
+    source: tuple[Path, str | os.PathLike | None, Slicing | None],
+    destination: Path,
+    *,
+    is_exact: bool,
 ) -> Report:
     """With the difference of logits; a model that cannot be run yet has none."""
     with gemma_checkpoints.open(destination) as reader:
         config = loading.read_config(reader, destination)
     try:
-        refuse_unbuilt(config)
+        refuse_unbuilt(config.runnable)
     except ConfigError:
         return report
     difference = float(np.max(np.abs(_probe(*source) - _probe(destination))))
@@ -212,7 +221,7 @@ def _compared(
     return dataclasses.replace(report, logit_difference=difference)
 
 
-def _probe(path: Path, lora: str | os.PathLike | None = None) -> np.ndarray:
-    gemma = loading.load(path, dtype="float32", lora=lora, progress=False)
+def _probe(path: Path, lora: str | os.PathLike | None = None, slicing: Slicing | None = None) -> np.ndarray:
+    gemma = loading.load(path, dtype="float32", lora=lora, slicing=slicing, progress=False)
     tokens = jnp.asarray([[token % gemma.config.vocab_size for token in PROBE]])
     return np.asarray(gemma.logits(tokens))

@@ -20,17 +20,19 @@ from gemma_checkpoints import CheckpointError, Reader, families
 from gemma_checkpoints import lora as adapters
 from gemma_checkpoints.lora import Adapter, MergedWeights
 from gemma_checkpoints.names import Table, Weights
+from gemma_checkpoints.subset import Part, Subset
 from gemma_jax import configs, export, hub
 from gemma_jax.configs import overrides as config_overrides
 from gemma_jax.configs.config import ConfigError, DecoderConfig
 from gemma_jax.configs.gguf import from_gguf
 from gemma_jax.configs.huggingface import from_huggingface
 from gemma_jax.configs.serialise import from_data
+from gemma_jax.configs.slicing import Slicing
 from gemma_jax.folders import cache_folder
 from gemma_jax.model import Gemma
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.layers import CPU_LAYOUT, PLAIN_LAYOUT
-from gemma_jax.nn.paths import Place, weights
+from gemma_jax.nn.paths import Place, path_within, weights
 from gemma_jax.text.tokenizer import Tokenizer
 from gemma_jax.text.vocabulary import TokenizerError
 
@@ -48,6 +50,7 @@ def load(
     sharding: Placement | None = None,
     overrides: Mapping[str, Any] | Sequence[str] | None = None,
     lora: str | os.PathLike | None = None,
+    slicing: Slicing | None = None,
     revision: str | None = None,
     token: str | None = None,
     progress: bool | None = None,
@@ -67,6 +70,7 @@ def load(
             `nn.layers.weight`) and shape. None: JAX's default device.
         overrides: changes to the config in the file by dotted path, as {"attention.local.window": 256}.
         lora: an adapter to merge into the weights: a PEFT folder, a GGUF adapter or an Orbax one of ours.
+        slicing: loads only this part of a MatFormer model; see `matformer`.
         revision, token: of a download; see `hub.download`.
         progress: show a bar on stderr. None: if it is a terminal.
 
@@ -88,7 +92,8 @@ def load(
                 f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, but vocab_size is {config.vocab_size}; is "
                 "it another model's?"
             )
-        source_weights = open_weights(reader, config, lora)
+        source_weights = open_weights(reader, config, lora, slicing)
+        config = config if slicing is None else slicing.apply(config)
         return Gemma(config, read_weights(source_weights, config, wanted, sharding, progress), tokenizer)
 
 
@@ -186,11 +191,27 @@ def table_of(reader: Reader, config: DecoderConfig) -> Table:
     return table if period is None else families.stacked(table, period)
 
 
-def open_weights(reader: Reader, config: DecoderConfig, lora: str | os.PathLike | None = None) -> Weights:
-    """The weights of an open checkpoint by our paths, with an adapter's changes if one is given."""
+def open_weights(
+    reader: Reader, config: DecoderConfig, lora: str | os.PathLike | None = None, slicing: Slicing | None = None
+) -> Weights | Subset:
+    """The weights of an open checkpoint by our paths, with an adapter's changes, or those of a slice, if one is given.
+
+    `config` is the whole model's.
+    """
     if lora is None:
-        return Weights(reader, table_of(reader, config))
-    return MergedWeights(reader, table_of(reader, config), read_lora(lora, config))
+        whole = Weights(reader, table_of(reader, config))
+    else:
+        whole = MergedWeights(reader, table_of(reader, config), read_lora(lora, config))
+    if slicing is None:
+        return whole
+    entries = {entry.path: entry for entry in export.table(reader.format, slicing.apply(config)).entries}
+    kept = slicing.kept(config)
+
+    def part(path: str) -> Part:
+        has_piece_of_each_layer = path in ("embedder/ple", "ple_proj/kernel")
+        return Part(path_within(path, kept), {1: kept} if has_piece_of_each_layer else {})
+
+    return Subset(whole, entries, {path: part(path) for path in entries})
 
 
 def read_lora(path: str | os.PathLike, config: DecoderConfig) -> Adapter:
@@ -200,7 +221,11 @@ def read_lora(path: str | os.PathLike, config: DecoderConfig) -> Adapter:
 
 
 def read_weights(
-    source: Weights, config: DecoderConfig, dtype: str, sharding: Placement | None = None, progress: bool | None = False
+    source: Weights | Subset,
+    config: DecoderConfig,
+    dtype: str,
+    sharding: Placement | None = None,
+    progress: bool | None = False,
 ) -> Decoder:
     """A `Decoder` with the weights of a checkpoint; see `load`."""
     layout = CPU_LAYOUT if jax.default_backend() == "cpu" else PLAIN_LAYOUT
@@ -218,7 +243,7 @@ def read_weights(
 
 
 def _read_parameter(
-    source: Weights, members: Sequence[tuple[str, Place]], dtype: str, sharding: Placement | None
+    source: Weights | Subset, members: Sequence[tuple[str, Place]], dtype: str, sharding: Placement | None
 ) -> None:
     """Fills a parameter, shard by shard: of the file each process reads what its devices hold."""
     param = members[0][1].param

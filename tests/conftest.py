@@ -1,5 +1,6 @@
 """Tiny random models and their plain forward, built once for all tests."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -13,7 +14,15 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from gemma_jax.configs.config import AttentionConfig, AttentionKind, DecoderConfig, LayerSpec
+from gemma_jax.configs.config import (
+    AltUpConfig,
+    AttentionConfig,
+    AttentionKind,
+    DecoderConfig,
+    LayerSpec,
+    PerLayerEmbeddingConfig,
+)
+from gemma_jax.configs.gemma3n import layer_specs
 from gemma_jax.nn.decoder import Decoder, Stem
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.paths import parameters
@@ -53,6 +62,33 @@ def _tiny_config(name: str = "tiny", vocab_size: int = 128, num_layers: int = 5,
     )
 
 
+def _tiny_3n(num_layers: int = 8, num_shared: int = 3) -> DecoderConfig:
+    """All that Gemma 3n adds, on `_tiny_config`: 3:1 layers, the last of them without keys, widths that differ."""
+    config = _tiny_config("tiny-3n", num_layers=num_layers, window=6)
+    layers = layer_specs(
+        [(i + 1) % 4 != 0 for i in range(num_layers)],
+        [48 if i % 3 else 64 for i in range(num_layers)],
+        [0.95 if i < 2 else 0.0 for i in range(num_layers)],
+        num_shared,
+    )
+    return dataclasses.replace(
+        config.replace_all(
+            [
+                ("norm.is_zero_centred", False),
+                ("attention.has_v_norm", True),
+                ("attention.query_pre_attn_scalar", 1.0),
+                ("attention.global.rope_scale", 1.0),
+            ]
+        ),
+        layers=layers,
+        period=4,
+        final_softcap=30.0,
+        altup=AltUpConfig(num_streams=3),
+        laurel_rank=4,
+        per_layer_embedding=PerLayerEmbeddingConfig(num_rows=120, width=8),
+    )
+
+
 def _with_random_norms(model: Stem, seed: int = 1) -> Stem:
     """Norm scales away from their start: at 0 (or 1) a missing or doubled norm would not show."""
     generator = np.random.default_rng(seed)
@@ -66,6 +102,20 @@ def _with_random_norms(model: Stem, seed: int = 1) -> Stem:
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., DecoderConfig]:
     return _tiny_config
+
+
+@pytest.fixture(scope="session")
+def make_3n() -> Callable[..., DecoderConfig]:
+    return _tiny_3n
+
+
+@pytest.fixture(scope="session")
+def tiny_3n() -> Decoder:
+    model = _with_random_norms(Decoder(_tiny_3n(), rngs=nnx.Rngs(3)))
+    assert isinstance(model, Decoder)
+    for i, layer in enumerate(model.layers):
+        layer.altup.correct_scale.set_raw_value(jax.random.normal(jax.random.key(i), (32,)))
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -335,9 +335,9 @@ def test_impossible_towers_are_refused_by_name(vision, audio, problem):
         from_huggingface({"model_type": "gemma3n", "vision_config": vision, "audio_config": audio})
 
 
-def test_the_model_itself_is_refused_by_what_it_has_not(text_folder):
-    with pytest.raises(ConfigError, match="altup"):
-        gj.load(text_folder)
+def test_the_model_itself_runs(text_folder):
+    gemma = gj.load(text_folder)
+    assert len(gemma.generate([2, 5, 9], max_new_tokens=4, ignore_eos=True).tokens) == 4
 
 
 @pytest.mark.parity

@@ -202,6 +202,7 @@ def _ignored(sizes: DecoderSizes, has_vision: bool, has_audio: bool) -> tuple[tu
     ignored += [] if has_audio else [(_AUDIO_NAMES, "the text part is read")]
     ignored += [_TIED_HEAD] if sizes.has_tied_head else []
     ignored += [] if sizes.dense_widths else [_DENSE]
+    ignored += [gemma3n.UNUSED_SCALE] if sizes.num_streams and not sizes.has_corrected_scale else []
     if sizes.sharing_layers:
         layers = "(" + "|".join(map(str, sorted(sizes.sharing_layers))) + ")"
         ignored.append((gemma3n.UNUSED_KEYS.replace("{0}", layers), "the layer reads another's keys and values"))

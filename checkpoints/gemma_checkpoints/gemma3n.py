@@ -52,6 +52,8 @@ QK_NORM = (  # DeepMind's names lost an underscore
 OWN_KEYS = ("attn/k/kernel", "attn/v/kernel", "attn/k_norm/scale")
 UNUSED_KEYS = r"layers\.{0}\.self_attn\.(k_proj|v_proj|k_norm)\.weight|blk\.{0}\.attn_(k|v|k_norm)\.weight"
 
+UNUSED_SCALE = r".*altup[._/]correct_(output_)?scale.*", "the model does not scale what the gate sees"
+
 
 def altup_projections(num_streams: int) -> Iterator[Row]:
     """Between the one stream of the embeddings and the streams of AltUp; GGUF stacks them."""

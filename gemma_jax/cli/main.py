@@ -9,10 +9,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from gemma_jax.cli import chat, classify, convert, embed, generate, inspect, score, verify
+from gemma_jax.cli import chat, classify, convert, embed, generate, inspect, score, slice, verify
 
 INTERRUPTED = 130
-VERBS = (generate, chat, score, embed, classify, inspect, convert, verify)
+VERBS = (generate, chat, score, embed, classify, inspect, convert, slice, verify)
 
 
 def parser() -> argparse.ArgumentParser:

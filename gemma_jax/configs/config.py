@@ -137,7 +137,7 @@ class DecoderConfig:
 
     @property
     def runnable(self) -> "DecoderConfig":
-        """The same without what is only converted and not run yet."""
+        """The same without what is only converted and not run yet: Gemma 3n's towers."""
         config = self.replace("audio", None)
         return config if isinstance(config.vision, VisionConfig) else config.replace("vision", None)
 
@@ -330,6 +330,8 @@ def _optional_problems(config: DecoderConfig) -> Iterator[str]:
         yield from sizes
         if not sizes and (type(altup.active_stream) is not int or not 0 <= altup.active_stream < altup.num_streams):
             yield f"altup.active_stream is {altup.active_stream}, but altup.num_streams is {altup.num_streams}"
+        if altup.num_streams == 1 and config.per_layer_embedding is not None:
+            yield "altup.num_streams is 1, but per_layer_embedding goes to the others; wanted 2 or more, or altup None"
         if altup.coefficient_clip is not None:
             yield from _positive("altup.coefficient_clip", altup.coefficient_clip, whole=False)
     if (table := config.per_layer_embedding) is not None:

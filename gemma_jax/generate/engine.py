@@ -78,10 +78,10 @@ def prefill_chunk(
     if inserted is not None:
         assert model.config.vision is not None
         where = Places(positions, blocks=inserted.blocks(model.config.vision.num_soft_tokens))
-    x, cache_after = model.hidden(tokens, where, cache, inserted=inserted, is_cache_empty=is_first)
+    newest = jnp.maximum(counts - 1, 0)
+    x, cache_after = model.hidden(tokens, where, cache, inserted=inserted, is_cache_empty=is_first, last=newest)
     assert cache_after is not None
-    newest = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-    return cache_after, jnp.where((counts > 0)[:, None], newest, last)
+    return cache_after, jnp.where((counts > 0)[:, None], x[:, 0], last)
 
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="cache")

@@ -1,5 +1,7 @@
 """Grouped-query attention: the weights, and the three ways to take a softmax over keys without a large score matrix."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gemma_jax.configs.config import AttentionKind, DecoderConfig, LayerSpec
 from gemma_jax.nn.cache import LayerCache, advance, slot_places, store
-from gemma_jax.nn.layers import PLAIN_LAYOUT, Layout, RMSNorm, dimension_sizes, softcap, weight
+from gemma_jax.nn.layers import PLAIN_LAYOUT, Layout, RMSNorm, dimension_sizes, rms_scaled, softcap, weight, wide
 from gemma_jax.nn.masks import Places, visible
 from gemma_jax.nn.rope import rope
 from gemma_jax.nn.sites import MAPS, UNTAPPED, Tap
@@ -16,24 +18,43 @@ BLOCK = 512  # keys looked at together in a long cache, and queries at once in a
 MASKED = -2.3819763e38  # finite, so that a row without any key gives numbers and not NaN; DeepMind's gemma uses it
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Keys:
+    """What a layer's queries look at, and what layers without keys of their own read of it (KV sharing, 3n)."""
+
+    k: jax.Array  # [B, K, T, H], of the tokens at hand, after norm and rope
+    v: jax.Array  # [B, K, T, H]
+    where: Places  # of these tokens
+    before: LayerCache | None = None  # what came before them
+    after: LayerCache | None = None  # ... and they
+
+
 class Attention(nnx.Module):
-    """Grouped-query attention with QK-norm and rope (Gemma 3 report, sec. 2; GQA: arXiv:2305.13245)."""
+    """Grouped-query attention with QK-norm and rope (Gemma 3 report, sec. 2; GQA: arXiv:2305.13245).
+
+    A layer with a `kv_source` has queries only.
+    """
 
     def __init__(
         self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, dtype: jnp.dtype, layout: Layout = PLAIN_LAYOUT
     ):
-        self.config, self.kind, self.is_fused = config.attention, config.kind(spec), layout.is_fused
+        self.config, self.kind = config.attention, config.kind(spec)
+        self.has_keys, self.epsilon = spec.kv_source is None, config.norm.epsilon
+        self.is_fused = layout.is_fused and self.has_keys
         sizes = dimension_sizes(config)
         if self.is_fused:
             q, k, v = sizes["N"], sizes["N"] + sizes["K"], sizes["M"]
             self.w_qkv = weight(rngs, "D M H", sizes, dtype, (("q", 0, q), ("k", q, k), ("v", k, v)))
         else:
             self.w_q = weight(rngs, "D N H", sizes, dtype)
+        if self.has_keys and not self.is_fused:
             self.w_k = weight(rngs, "D K H", sizes, dtype)
             self.w_v = weight(rngs, "D K H", sizes, dtype)
         self.w_o = weight(rngs, "N H D", sizes, dtype)
         if self.config.has_qk_norm:
             self.q_norm = RMSNorm("H", self.config.head_dim, config.norm, dtype)
+        if self.config.has_qk_norm and self.has_keys:
             self.k_norm = RMSNorm("H", self.config.head_dim, config.norm, dtype)
 
     def __call__(
@@ -43,46 +64,74 @@ class Attention(nnx.Module):
         cache: LayerCache | None,
         lengths: Int[Array, " B"] | None,
         tap: Tap = UNTAPPED,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attends to `x` itself, or with a cache to all that came before too, and gives the cache with `x` in it.
+        shared: Keys | None = None,
+    ) -> tuple[Float[Array, "B T D"], Keys]:
+        """Attends to `x` itself, or with a cache to all that came before too; gives the keys, the new cache in them.
 
-        `lengths` is the number of tokens in the cache; None promises that it is empty.
+        `lengths` is the number of tokens in the cache; None promises that it is empty. With `shared` keys those are
+        looked at, and `x` may be some of their tokens only: the last one of each row.
         """
         q, k, v = self._project(x)
-        if self.config.has_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (rope(a, where.positions, self.kind.rope_theta, self.kind.rope_scale) for a in (q, k))
-        q, k, v = tap("q", q) * self.config.query_scale, tap("k", k), tap("v", v)
-        look = Look(self.kind, self.config.is_causal, self.config.softcap)
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        tap.watch(MAPS, lambda: look.weights(q, k, where))
-        if cache is None:
-            out = look.at(q, k, v, where, where)
-        elif lengths is None:
-            out = look.at(q, k, v, where, where)
-            cache = store(cache, k, v, where, jnp.zeros((x.shape[0],), jnp.int32))
-        elif x.shape[1] == 1:
-            # Written before it is read: the slot that a token takes in a ring is the one it no longer sees, and XLA
-            # writes in place only what is not read before.
-            cache = store(cache, k, v, where, lengths)
-            out = look.within(q, cache, where, advance(lengths, where))
+        q = self.q_norm(q) if self.config.has_qk_norm else q
+        q = tap("q", self._turn(q, where)) * self.config.query_scale
+        if shared is None:
+            assert k is not None
+            assert v is not None
+            keys = self._keys(k, v, where, cache, lengths, tap)
         else:
-            out = look.back(q, k, v, where, cache, lengths)
-            cache = store(cache, k, v, where, lengths)
-        out = tap("heads", out)
+            keys = shared
+        look = Look(self.kind, self.config.is_causal, self.config.softcap)
+        tap.watch(MAPS, lambda: look.weights(q, keys.k, where))
+        out = tap("heads", self._look(look, q, where, keys, lengths))
         # as one matrix: of a product over N and H XLA on CPU makes one over H and N, and copies the weight each time
         out = out.reshape(*out.shape[:2], -1)
-        return out @ self.w_o[...].reshape(out.shape[-1], -1), cache
+        return out @ self.w_o[...].reshape(out.shape[-1], -1), keys
 
-    def _project(self, x: Float[Array, "B T D"]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, N, H], keys and values [B, T, K, H]."""
+    def _turn(self, x: jax.Array, where: Places) -> jax.Array:
+        return rope(x, where.positions, self.kind.rope_theta, self.kind.rope_scale)
+
+    def _keys(
+        self,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        where: Places,
+        cache: LayerCache | None,
+        lengths: Int[Array, " B"] | None,
+        tap: Tap,
+    ) -> Keys:
+        k = self.k_norm(k) if self.config.has_qk_norm else k
+        v = rms_scaled(v, self.epsilon).astype(v.dtype) if self.config.has_v_norm else v
+        k, v = (one.swapaxes(1, 2) for one in (tap("k", self._turn(k, where)), tap("v", v)))
+        if cache is None:
+            return Keys(k, v, where)
+        stored = jnp.zeros((len(k),), jnp.int32) if lengths is None else lengths
+        return Keys(k, v, where, cache, store(cache, k, v, where, stored))
+
+    def _look(
+        self, look: "Look", q: Float[Array, "B T N H"], where: Places, keys: Keys, lengths: Int[Array, " B"] | None
+    ) -> Float[Array, "B T N H"]:
+        """The form of the softmax for the keys at hand."""
+        if keys.before is None or keys.after is None:
+            return look.at(q, keys.k, keys.v, where, keys.where)
+        if q.shape[1] == 1:
+            # What is stored already holds the last token, and all it sees: the slot that it takes in a ring is the one
+            # that it no longer sees. Written before it is read, for XLA writes in place only what is not read before.
+            stored = jnp.zeros((len(q),), jnp.int32) if lengths is None else lengths
+            return look.within(q, keys.after, where, advance(stored, keys.where))
+        if lengths is None:
+            return look.at(q, keys.k, keys.v, where, keys.where)
+        return look.back(q, keys.k, keys.v, where, keys.before, lengths)
+
+    def _project(self, x: Float[Array, "B T D"]) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H], if they are its own."""
         if self.is_fused:
             ends = [self.config.num_heads, self.config.num_heads + self.config.num_kv_heads]
             q, k, v = jnp.split(jnp.einsum("BTD,DMH->BTMH", x, self.w_qkv[...]), ends, axis=2)
             return q, k, v
         q = jnp.einsum("BTD,DNH->BTNH", x, self.w_q[...])
-        k = jnp.einsum("BTD,DKH->BTKH", x, self.w_k[...])
-        return q, k, jnp.einsum("BTD,DKH->BTKH", x, self.w_v[...])
+        if not self.has_keys:
+            return q, None, None
+        return q, jnp.einsum("BTD,DKH->BTKH", x, self.w_k[...]), jnp.einsum("BTD,DKH->BTKH", x, self.w_v[...])
 
 
 class Look:
@@ -187,7 +236,7 @@ class Look:
             weights = jnp.where(mask[:, None, None], jnp.exp(logits - new_peak[..., None]), 0.0)
             fade = jnp.exp(peak - new_peak)
             values = jnp.einsum(
-                "BKGTS,BKSH->BKGTH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+                "BKGTS,BKSH->BKGTH", weights.astype(values.dtype), values, preferred_element_type=wide(q)
             )
             return new_peak, total * fade + jnp.sum(weights, axis=-1), out * fade[..., None] + values
 
@@ -217,11 +266,11 @@ def _ungrouped(out: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
 
 
 def _scores(q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"]) -> Float[Array, "B K G T S"]:
-    """Products of queries and keys in float32."""
+    """Products of queries and keys in float32 (float64 of float64)."""
     if q.shape[3] == 1:  # the keys first: XLA on CPU then transposes the few queries and not the many keys
-        scores = jnp.einsum("BKSH,BKGTH->BKSGT", k, q, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("BKSH,BKGTH->BKSGT", k, q, preferred_element_type=wide(q))
         return jnp.moveaxis(scores, 2, -1)
-    return jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    return jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=wide(q))
 
 
 def _pieces(x: jax.Array, padding: int) -> jax.Array:

@@ -1,6 +1,7 @@
-"""The decoder of Gemma 1, 2 and 3: one implementation, all sizes. Start reading at `Decoder.__call__`."""
+"""The decoder of Gemma 1, 2, 3 and 3n: one implementation, all sizes. Start reading at `Decoder.__call__`."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -9,16 +10,20 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gemma_jax.configs.config import ConfigError, DecoderConfig, LayerSpec, VisionConfig
-from gemma_jax.nn.attention import Attention
+from gemma_jax.nn.attention import Attention, Keys
 from gemma_jax.nn.cache import Cache, LayerCache, advance
-from gemma_jax.nn.layers import PLAIN_LAYOUT, GatedMLP, Layout, RMSNorm, Table, softcap
+from gemma_jax.nn.gemma3n import AltUp, Laurel, PerLayerInput, as_large
+from gemma_jax.nn.layers import PLAIN_LAYOUT, GatedMLP, Layout, RMSNorm, Table, dimension_sizes, softcap, weight
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.sites import UNTAPPED, Fixed, Tap, Taps
 from gemma_jax.nn.vision.siglip import Projector, Siglip
 
 
 class Layer(nnx.Module):
-    """One block: attention, then the gated ffw, each normed before and (Gemma 2 on) after, each added to the stream."""
+    """One block: attention, then the gated ffw, each normed before and (Gemma 2 on) after, each added to the stream.
+
+    With AltUp there are A streams, [A, B, T, D], of which the block makes one anew (gemma3n.md, 2.3).
+    """
 
     def __init__(
         self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, dtype: jnp.dtype, layout: Layout = PLAIN_LAYOUT
@@ -26,28 +31,67 @@ class Layer(nnx.Module):
         def norm() -> RMSNorm:
             return RMSNorm("D", config.width, config.norm, dtype)
 
-        self.has_post_norms = config.norm.has_post_norms
+        self.has_post_norms, self.has_altup = config.norm.has_post_norms, config.altup is not None
+        self.has_laurel, self.has_piece = config.laurel_rank is not None, config.per_layer_embedding is not None
         self.pre_attention_norm, self.pre_ffw_norm = norm(), norm()
         if self.has_post_norms:
             self.post_attention_norm, self.post_ffw_norm = norm(), norm()
         self.attn = Attention(config, spec, rngs=rngs, dtype=dtype, layout=layout)
-        self.mlp = GatedMLP(config, spec.ffw_width, rngs=rngs, dtype=dtype, layout=layout)
+        self.mlp = GatedMLP(config, spec, rngs=rngs, dtype=dtype, layout=layout)
+        if self.has_altup:
+            self.altup = AltUp(config, rngs=rngs, dtype=dtype)
+        if self.has_laurel:
+            self.laurel = Laurel(config, rngs=rngs, dtype=dtype)
+        if self.has_piece:
+            self.ple = PerLayerInput(config, rngs=rngs, dtype=dtype)
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[Array, "*A B T D"],
         where: Places,
         cache: LayerCache | None = None,
         lengths: Int[Array, " B"] | None = None,
         tap: Tap = UNTAPPED,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        *,
+        shared: Keys | None = None,
+        piece: Float[Array, "B T P"] | None = None,
+    ) -> tuple[Float[Array, "*A B T D"], Keys]:
+        """The streams, and the keys that were looked at, the new cache among them.
+
+        `shared` are those of another layer, for a layer without its own; `piece` is this layer's own embedding.
+        """
+        if not self.has_altup:
+            y, keys = self._block(x, where, cache, lengths, tap, shared)
+            return y if piece is None else y + tap("ple_out", self.ple(y, piece)), keys
+        predicted = self.altup.predict(x)
+        y, keys = self._block(predicted[self.altup.config.active_stream], where, cache, lengths, tap, shared)
+        x = self.altup.correct(predicted, y)
+        if piece is not None:  # to all but the first
+            added = tap("ple_out", self.ple(self.altup.gated(x), piece))
+            x = jnp.concatenate([x[:1], x[1:] + added])
+        return x, keys
+
+    def _block(
+        self,
+        x: Float[Array, "B T D"],
+        where: Places,
+        cache: LayerCache | None,
+        lengths: Int[Array, " B"] | None,
+        tap: Tap,
+        shared: Keys | None,
+    ) -> tuple[Float[Array, "B T D"], Keys]:
         x = tap("resid_pre", x)
-        attended, cache = self.attn(tap("attn_in", self.pre_attention_norm(x)), where, cache, lengths, tap)
-        attended = self.post_attention_norm(attended) if self.has_post_norms else attended
-        x = tap("resid_mid", x + tap("attn_out", attended))
+        normed = tap("attn_in", self.pre_attention_norm(x))
+        attended, keys = self.attn(normed, where, cache, lengths, tap, shared)
+        attended = tap("attn_out", self.post_attention_norm(attended) if self.has_post_norms else attended)
+        if self.has_laurel:
+            x = (x + attended + tap("laurel_out", self.laurel(normed))) * jnp.asarray(2**-0.5, x.dtype)
+        else:
+            x = x + attended
+        x = tap("resid_mid", x)
         mixed = self.mlp(tap("mlp_in", self.pre_ffw_norm(x)), tap)
         mixed = self.post_ffw_norm(mixed) if self.has_post_norms else mixed
-        return tap("resid_post", x + tap("mlp_out", mixed)), cache
+        return tap("resid_post", x + tap("mlp_out", mixed)), keys
 
 
 @jax.tree_util.register_dataclass
@@ -70,19 +114,27 @@ class Inserted:
 
 @jax.jit
 def _apply(
-    layer: Layer, x: jax.Array, where: Places, cache: LayerCache | None, lengths: jax.Array | None, tap: Tap
-) -> tuple[jax.Array, LayerCache | None]:
+    layer: Layer,
+    x: jax.Array,
+    where: Places,
+    cache: LayerCache | None,
+    lengths: jax.Array | None,
+    tap: Tap,
+    *,
+    shared: Keys | None,
+    piece: jax.Array | None,
+) -> tuple[jax.Array, Keys]:
     """Calls a layer. Of equal layers only the first is traced; XLA puts the calls in line again."""
-    return layer(x, where, cache, lengths, tap)
+    return layer(x, where, cache, lengths, tap, shared=shared, piece=piece)
 
 
-class Dense(nnx.Module):
-    """A linear layer without bias behind EmbeddingGemma's mean."""
+class Linear(nnx.Module):
+    """A linear layer without bias."""
 
-    def __init__(self, width: int, out: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (width, out), dtype) * width**-0.5, dims="I O")
+    def __init__(self, width: int, out: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, dims: str = "I O"):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (width, out), dtype) * width**-0.5, dims=dims)
 
-    def __call__(self, x: Float[Array, "B I"]) -> Float[Array, "B O"]:
+    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         return x @ self.kernel[...].astype(x.dtype)
 
 
@@ -98,7 +150,8 @@ class Stem(nnx.Module):
                 "the end of float16"
             )
         self.config = config
-        self.embedder = Table(config, layout.table_dims, rngs=rngs, dtype=dtype)
+        has_pieces = config.per_layer_embedding is not None
+        self.embedder = Table(config, layout.table_dims, rngs=rngs, dtype=dtype, has_pieces=has_pieces)
         if not config.has_tied_head:
             self.head = Table(config, layout.table_dims, rngs=rngs, dtype=dtype)
         self.final_norm = RMSNorm("D", config.width, config.norm, dtype)
@@ -106,7 +159,17 @@ class Stem(nnx.Module):
             self.vision = Siglip(config.vision, rngs=rngs, dtype=dtype)
             self.mm = Projector(config.vision, config.width, config.norm, rngs=rngs, dtype=dtype)
         widths = (config.width, *config.dense_widths)
-        self.dense = nnx.List([Dense(*sizes, rngs=rngs, dtype=dtype) for sizes in itertools.pairwise(widths)])
+        self.dense = nnx.List([Linear(*sizes, rngs=rngs, dtype=dtype) for sizes in itertools.pairwise(widths)])
+        if config.altup is not None:
+
+            def squares(count: int) -> nnx.List:
+                sizes = config.width, config.width
+                return nnx.List([Linear(*sizes, rngs=rngs, dtype=dtype, dims="D D") for _ in range(count)])
+
+            self.altup_proj, self.altup_unembed = (squares(config.altup.num_streams - 1) for _ in range(2))
+        if config.per_layer_embedding is not None:
+            self.w_ple_proj = weight(rngs, "D L P", dimension_sizes(config), dtype)
+            self.ple_proj_norm = RMSNorm("P", config.per_layer_embedding.width, config.norm, dtype)
 
     def see(self, pixels: Float[Array, "B height width 3"], *, is_tower_trained: bool = False) -> Float[Array, "B M D"]:
         """The soft tokens of images; pixels between -1 and 1, in the size that the config's tower wants.
@@ -131,6 +194,32 @@ class Stem(nnx.Module):
         x = self.embedder.rows(tokens)
         x = x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.has_embedding_scale else x
         return x if inserted is None else inserted.into(x)
+
+    def pieces(self, tokens: Int[Array, "B T"], x: Float[Array, "B T D"]) -> Sequence[Float[Array, "B T P"] | None]:
+        """Each layer's own embedding of the tokens, from its table and from the stream `x` at the entry (3n, 2.1)."""
+        if self.config.per_layer_embedding is None:
+            return [None] * self.config.num_layers
+        rows = self.embedder.pieces(tokens).astype(x.dtype)
+        context = jnp.einsum("BTD,DLP->BTLP", x, self.w_ple_proj[...]) * jnp.asarray(self.config.width**-0.5, x.dtype)
+        made = (self.ple_proj_norm(context) + rows) * jnp.asarray(2**-0.5, x.dtype)
+        return [made[:, :, i] for i in range(self.config.num_layers)]
+
+    def spread(self, x: Float[Array, "B T D"]) -> Float[Array, "*A B T D"]:
+        """The streams that the first layer gets: with AltUp `x` and products of it with its magnitude (3n, 2.2)."""
+        if self.config.altup is None:
+            return x
+        return jnp.stack([x, *(as_large(project(x), x) for project in self.altup_proj)])
+
+    def gathered(self, x: Float[Array, "*A B T D"]) -> Float[Array, "B T D"]:
+        """One stream of what the last layer left: the mean of the first and of products of the others (3n, 2.5)."""
+        if self.config.altup is None:
+            return x
+        others = zip(self.altup_unembed, x[1:], strict=True)
+        return jnp.mean(jnp.stack([x[0], *(as_large(project(one), x[0]) for project, one in others)]), axis=0)
+
+    def active(self, x: Float[Array, "*A B T D"]) -> Float[Array, "B T D"]:
+        """The stream that blocks work on."""
+        return x if self.config.altup is None else x[self.config.altup.active_stream]
 
     def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Unnormalised log-probabilities in float32 of hidden vectors that have passed the final norm."""
@@ -176,6 +265,7 @@ class Decoder(Stem):
         *,
         inserted: Inserted | None = None,
         is_cache_empty: bool = False,
+        last: Int[Array, " B"] | None = None,
         taps: Taps | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The last hidden vectors, after the final norm, and the cache with the real tokens at hand added.
@@ -183,47 +273,80 @@ class Decoder(Stem):
         With a cache, `where.positions` must go on from `cache.lengths`, real tokens first in each row.
         `inserted` takes the place of tokens; of an image all of it, and `where.blocks` says so.
         `is_cache_empty` promises that these are 0: the first chunk of a prompt then need not look at empty slots.
+        `last` asks for one column of each row alone, [B, 1, D], and with a cache: layers at the end that read others'
+        keys then compute nothing else (3n, 2.6); with taps all is computed.
         `taps` look at the values of the pass, or change them; see `nn/sites.py`.
         """
         tap = UNTAPPED if taps is None else taps.at(where, is_cached=cache is not None)
-        states, cache = self._run(tap("embed", self.embed(tokens, inserted)), where, cache, is_cache_empty, tap)
-        return tap("final", self.final_norm(states[-1])), cache
+        x = tap("embed", self.embed(tokens, inserted))
+        states, cache = self._run(tokens, x, where, cache, is_cache_empty, tap, last)
+        return tap("final", self.final_norm(self.gathered(states[-1]))), cache
 
     def hidden_states(
         self, tokens: Int[Array, "B T"], where: Places, inserted: Inserted | None = None, taps: Taps | None = None
     ) -> Float[Array, "L+1 B T D"]:
-        """The stream before the first layer and after each, the last after the final norm (Hugging Face's order)."""
+        """The stream before the first layer and after each, the last after the final norm (Hugging Face's order).
+
+        Of AltUp's streams the active one.
+        """
         tap = UNTAPPED if taps is None else taps.at(where)
-        states, _ = self._run(tap("embed", self.embed(tokens, inserted)), where, None, False, tap)
-        return jnp.stack([*states[:-1], tap("final", self.final_norm(states[-1]))])
+        x = tap("embed", self.embed(tokens, inserted))
+        states, _ = self._run(tokens, x, where, None, False, tap, None)
+        final = tap("final", self.final_norm(self.gathered(states[-1])))
+        return jnp.stack([*map(self.active, states[:-1]), final])
 
     def _run(
-        self, x: jax.Array, where: Places, cache: Cache | None, is_cache_empty: bool, tap: Tap
+        self,
+        tokens: jax.Array,
+        x: jax.Array,
+        where: Places,
+        cache: Cache | None,
+        is_cache_empty: bool,
+        tap: Tap,
+        last: jax.Array | None,
     ) -> tuple[list[jax.Array], Cache | None]:
-        states, caches = [x], []
+        pieces, x = self.pieces(tokens, x), self.spread(x)
+        states, keys, begin = [x], [], where
         lengths = None if cache is None or is_cache_empty else cache.lengths
-        for i, layer in enumerate(self.layers):
+        narrow_at = len(self.layers) if last is None else self._first_reader() if tap is UNTAPPED else len(self.layers)
+        for i, (layer, spec) in enumerate(zip(self.layers, self.config.layers, strict=True)):
+            if i == narrow_at and last is not None:
+                x, where = column(x, last), where.column(last)
+                pieces = [None if piece is None else column(piece, last) for piece in pieces]
             before, inner = None if cache is None else cache.layers[i], tap.within(f"layers.{i}.")
+            shared = None if spec.kv_source is None else keys[spec.kv_source]
             with jax.named_scope(f"layer_{i}"):
                 # with edits or captures in the open: what is captured in an inner jit cannot leave it
                 apply = _apply if inner is UNTAPPED or isinstance(inner, Fixed) else Layer.__call__
-                x, layer_cache = apply(layer, x, where, before, lengths, inner)
+                x, found = apply(layer, x, where, before, lengths, inner, shared=shared, piece=pieces[i])
             states.append(x)
-            caches.append(layer_cache)
-        return states, None if cache is None else Cache(tuple(caches), advance(cache.lengths, where))
+            keys.append(found)
+        if last is not None and where is begin:
+            states[-1] = column(states[-1], last)
+        if cache is None:
+            return states, None
+        caches = [
+            old if spec.kv_source is not None else found.after
+            for old, found, spec in zip(cache.layers, keys, self.config.layers, strict=True)
+        ]
+        return states, Cache(tuple(caches), advance(cache.lengths, begin))
+
+    def _first_reader(self) -> int:
+        """The first of the layers at the end that all read keys of others."""
+        own = [i for i, spec in enumerate(self.config.layers) if spec.kv_source is None]
+        return own[-1] + 1
+
+
+def column(x: Float[Array, "*A B T C"], index: Int[Array, " B"]) -> Float[Array, "*A B 1 C"]:
+    """One column of each row."""
+    return jnp.take_along_axis(x, jnp.expand_dims(index[:, None, None], range(x.ndim - 3)), axis=-2)
 
 
 def refuse_unbuilt(config: DecoderConfig) -> None:
-    """Raises ConfigError for ingredients that the config can say and this decoder cannot yet do: those of Gemma 3n."""
+    """Raises ConfigError for what the config can say and is not built yet: Gemma 3n's eyes and ears."""
     unbuilt = {
-        "altup": config.altup is not None,
-        "laurel_rank": config.laurel_rank is not None,
-        "per_layer_embedding": config.per_layer_embedding is not None,
-        "attention.has_v_norm": config.attention.has_v_norm,
-        "layers.*.kv_source": any(spec.kv_source is not None for spec in config.layers),
         "audio": config.audio is not None,
         "vision": config.vision is not None and not isinstance(config.vision, VisionConfig),
-        "layers.*.activation_sparsity": any(spec.activation_sparsity for spec in config.layers),
     }
     found = [name for name, is_set in unbuilt.items() if is_set]
     if found:

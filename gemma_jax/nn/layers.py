@@ -1,19 +1,22 @@
 """Weights and the small modules every block is made of.
 
 Dimension letters: B sequences, T query tokens, S key slots, N query heads, K key/value heads, G = N/K, H head width,
-D model width, F ffw width, V vocabulary, W window. Fused weights: M = N + 2K, E = 2F.
+D model width, F ffw width, V vocabulary, W window. Fused weights: M = N + 2K, E = 2F. Of Gemma 3n: A streams, L layers,
+P width of a layer's piece of a token, R rows of the table of these; W there is LAuReL's rank.
 """
 
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from gemma_jax.configs.config import DecoderConfig, NormConfig
+from gemma_jax.configs.config import DecoderConfig, LayerSpec, NormConfig
 from gemma_jax.nn.sites import UNTAPPED, Tap
 
 ACTIVATION: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -48,6 +51,11 @@ def dimension_sizes(config: DecoderConfig) -> dict[str, int]:
         "M": attention.num_heads + 2 * attention.num_kv_heads,
         "H": attention.head_dim,
         "V": config.vocab_size,
+        "A": config.altup.num_streams if config.altup else 0,
+        "W": config.laurel_rank or 0,
+        "L": config.num_layers,
+        "P": config.per_layer_embedding.width if config.per_layer_embedding else 0,
+        "R": config.per_layer_embedding.num_rows if config.per_layer_embedding else 0,
     }
 
 
@@ -68,6 +76,17 @@ def weight(
     return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5, dims=dims, parts=parts)
 
 
+def wide(x: jax.Array) -> jnp.dtype:
+    """The dtype in which sums over `x` are taken: float32, or float64 for float64."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def rms_scaled(x: Float[Array, "*batch D"], epsilon: float) -> Float[Array, "*batch D"]:
+    """x / rms(x), in `wide(x)` (arXiv:1910.07467)."""
+    x = x.astype(wide(x))
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * (1 + scale), or * scale, in float32 (arXiv:1910.07467). `dim` is the letter normalised over."""
 
@@ -77,11 +96,9 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(start((size,), dtype), dims=dim)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        wide = x.astype(jnp.float32)
-        gain = self.scale[...].astype(jnp.float32)
+        gain = self.scale[...].astype(wide(x))
         gain = 1.0 + gain if self.config.is_zero_centred else gain
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        return (wide * jax.lax.rsqrt(variance + self.config.epsilon) * gain).astype(x.dtype)
+        return (rms_scaled(x, self.config.epsilon) * gain).astype(x.dtype)
 
 
 class Table(nnx.Module):
@@ -91,9 +108,17 @@ class Table(nnx.Module):
     stored "D V" runs at memory speed on CPU and at half of it otherwise (XLA cannot choose, gathers fix the order).
     """
 
-    def __init__(self, config: DecoderConfig, dims: str, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: DecoderConfig, dims: str, *, rngs: nnx.Rngs, dtype: jnp.dtype, has_pieces: bool = False):
         self.dims = dims
         self.embedding = weight(rngs, dims, dimension_sizes(config), dtype)
+        if has_pieces:
+            self.ple = weight(rngs, "R L P", dimension_sizes(config), dtype)
+
+    def pieces(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T L P"]:
+        """Each layer's own embedding of the tokens, times sqrt(P); tokens without a row take the first (3n, 2.1)."""
+        table = self.ple[...]
+        index = jnp.where((tokens >= 0) & (tokens < table.shape[0]), tokens, 0)
+        return jnp.take(table, index, axis=0) * jnp.asarray(table.shape[2] ** 0.5, table.dtype)
 
     def rows(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The row of each token, unscaled. A token outside 0..V-1 is the caller's error and gives a clamped row."""
@@ -105,16 +130,23 @@ class Table(nnx.Module):
         """Products with every row, accumulated in float32."""
         table = self.embedding[...]
         equation = f"...D,{self.dims.replace(' ', '')}->...V"
-        return jnp.einsum(equation, x.astype(table.dtype), table, preferred_element_type=jnp.float32)
+        return jnp.einsum(equation, x.astype(table.dtype), table, preferred_element_type=wide(table))
 
 
 class GatedMLP(nnx.Module):
-    """(activation(x w_gate) * (x w_up)) w_down, without biases (arXiv:2002.05202)."""
+    """(activation(x w_gate) * (x w_up)) w_down, without biases (arXiv:2002.05202).
+
+    With sparsity s only gates above the quantile s of a normal distribution with their mean and deviation are kept,
+    less that threshold (Gemma 3n; statistical top-k, arXiv:2506.06644).
+    """
 
     def __init__(
-        self, config: DecoderConfig, ffw_width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, layout: Layout = PLAIN_LAYOUT
+        self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, dtype: jnp.dtype, layout: Layout = PLAIN_LAYOUT
     ):
+        ffw_width, sparsity = spec.ffw_width, spec.activation_sparsity
         self.activation, self.is_fused = config.activation, layout.is_fused
+        # rounded as the references round it: the last digits show in float64
+        self.deviations = float(np.float32(statistics.NormalDist().inv_cdf(sparsity))) if sparsity else None
         sizes = dimension_sizes(config) | {"F": ffw_width, "E": 2 * ffw_width}
         if self.is_fused:
             parts = (("gate", 0, ffw_width), ("up", ffw_width, 2 * ffw_width))
@@ -129,7 +161,15 @@ class GatedMLP(nnx.Module):
             gate, up = jnp.split(x @ self.w_gate_up[...], 2, axis=-1)
         else:
             gate, up = x @ self.w_gate[...], x @ self.w_up[...]
+        gate = gate if self.deviations is None else _above(gate, self.deviations)
         return tap("mlp_hidden", ACTIVATION[self.activation](gate) * up) @ self.w_down[...]
+
+
+def _above(gate: Float[Array, "B T F"], deviations: float) -> Float[Array, "B T F"]:
+    """What of each value lies above its token's mean by more than so many (population) standard deviations, else 0."""
+    x = gate.astype(wide(gate))
+    threshold = jnp.mean(x, axis=-1, keepdims=True) + deviations * jnp.std(x, axis=-1, keepdims=True)
+    return jax.nn.relu(gate - threshold.astype(gate.dtype))
 
 
 def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 
 @jax.tree_util.register_dataclass
@@ -15,6 +15,14 @@ class Places:
     positions: jax.Array  # int32 [B, T]; -1 marks padding or an empty slot
     segments: jax.Array | None = None  # int32 [B, T]; None: one document a row
     blocks: jax.Array | None = None  # int32 [B, T]; from 1 on the image that a token is a part of, 0 for text
+
+    def column(self, index: Int[Array, " B"]) -> "Places":
+        """One column of each row, [B, 1], which is of no image."""
+        chosen = (
+            None if one is None else jnp.take_along_axis(one, index[:, None], axis=1)
+            for one in (self.positions, self.segments)
+        )
+        return Places(*chosen)  # pyright: ignore[reportArgumentType]
 
     @staticmethod
     def of(mask: Bool[Array, "B T"]) -> "Places":

@@ -1,5 +1,7 @@
 """The canonical name of every weight: the same in every file format, stacked or not, fused or not."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +63,11 @@ def weights(model: nnx.Module) -> dict[str, Place]:
         for name, start, stop in parts:
             places["/".join([*room, name, "kernel"])] = Place(path, param, slice(start, stop))
     return places
+
+
+def path_within(path: str, kept: Sequence[int]) -> str:
+    """The path of a slice's weight in the whole model, of which `kept` layers are in the slice."""
+    return re.sub(r"^layers_(\d+)(?=/)", lambda match: f"layers_{kept[int(match[1])]}", path)
 
 
 def _path(path: tuple[object, ...]) -> str:

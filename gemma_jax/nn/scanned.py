@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from gemma_jax.configs.config import DecoderConfig, LayerSpec
+from gemma_jax.configs.config import ConfigError, DecoderConfig, LayerSpec
 from gemma_jax.nn.decoder import Decoder, Layer, Stem
 from gemma_jax.nn.layers import PLAIN_LAYOUT, Layout
 from gemma_jax.nn.masks import Places
@@ -53,6 +53,7 @@ class ScannedDecoder(Stem):
         dtype: jnp.dtype | str = "float32",
         layout: Layout = PLAIN_LAYOUT,
     ):
+        refuse_unstacked(config)
         super().__init__(config, rngs=rngs, dtype=dtype, layout=layout)
         kind = jnp.dtype(dtype)
 
@@ -86,6 +87,16 @@ class ScannedDecoder(Stem):
             x, states = jax.lax.scan(turn, x, weights)
             kept.append(states if states is None else states.reshape(-1, *x.shape))
         return x, kept
+
+
+def refuse_unstacked(config: DecoderConfig) -> None:
+    """Raises ConfigError for ingredients of Gemma 3n that pass from layer to layer beside the stream."""
+    names = [name for name in ("altup", "per_layer_embedding") if getattr(config, name) is not None]
+    names += ["layers.*.kv_source"] if any(spec.kv_source is not None for spec in config.layers) else []
+    if names:
+        raise ConfigError(
+            f"config {config.name!r} sets {', '.join(names)}: ScannedDecoder has no place for these; use Decoder"
+        )
 
 
 def stack(decoder: Decoder) -> ScannedDecoder:

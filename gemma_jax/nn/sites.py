@@ -9,13 +9,18 @@ In the order in which a token meets them; T is the number of tokens, other lette
     layers.{i}.attn_weights  [B, N, T, S]  attention maps, float32; to be captured only, and only without a cache
     layers.{i}.heads         [B, T, N, H]  what each head brings, before w_o
     layers.{i}.attn_out      [B, T, D]     what attention adds to the stream, after the norm that follows it (if any)
+    layers.{i}.laurel_out    [B, T, D]     what LAuReL adds to it (3n)
     layers.{i}.resid_mid     [B, T, D]     the stream between attention and ffw
     layers.{i}.mlp_in        [B, T, D]     ... after the norm before the ffw
     layers.{i}.mlp_hidden    [B, T, F]     activation(gate) * up: the neurons
     layers.{i}.mlp_out       [B, T, D]     what the ffw adds to the stream, after the norm that follows it (if any)
     layers.{i}.resid_post    [B, T, D]     the stream as layer i leaves it
+    layers.{i}.ple_out       [B, T, D]     what the layer's own embedding of the token adds to it (3n)
     final                    [B, T, D]     after the final norm
     logits                   [B, T, V]     float32
+
+With AltUp the stream is the active one: resid_pre as predicted, resid_post as the block made it, before it corrects the
+others. Layers that read other layers' keys have no k and v.
 
 A pattern names several, as a shell's: "layers.*.resid_post", "layers.1[0-7].*_out".
 """
@@ -146,10 +151,13 @@ def shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 def _of_layer(config: DecoderConfig, spec: LayerSpec) -> list[tuple[str, tuple[int, ...]]]:
     attention, stream = config.attention, (config.width,)
     query, key = ((heads, attention.head_dim) for heads in (attention.num_heads, attention.num_kv_heads))
+    keys = [("k", key), ("v", key)] if spec.kv_source is None else []
+    laurel = [("laurel_out", stream)] if config.laurel_rank is not None else []
+    piece = [("ple_out", stream)] if config.per_layer_embedding is not None else []
     return [
-        ("resid_pre", stream), ("attn_in", stream), ("q", query), ("k", key), ("v", key), (MAPS, ()), ("heads", query),
-        ("attn_out", stream), ("resid_mid", stream), ("mlp_in", stream), ("mlp_hidden", (spec.ffw_width,)),
-        ("mlp_out", stream), ("resid_post", stream),
+        ("resid_pre", stream), ("attn_in", stream), ("q", query), *keys, (MAPS, ()), ("heads", query),
+        ("attn_out", stream), *laurel, ("resid_mid", stream), ("mlp_in", stream), ("mlp_hidden", (spec.ffw_width,)),
+        ("mlp_out", stream), ("resid_post", stream), *piece,
     ]  # fmt: skip
 
 

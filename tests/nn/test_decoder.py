@@ -5,9 +5,11 @@ import pytest
 from flax import nnx
 
 from gemma_jax.configs.config import AltUpConfig, ConfigError
+from gemma_jax.configs.towers import AudioConfig
 from gemma_jax.nn.cache import empty_cache
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.masks import Places
+from gemma_jax.nn.scanned import ScannedDecoder
 
 TOLERANCE = 2e-5  # the bound on float32 logits
 
@@ -138,9 +140,11 @@ def test_every_ingredient_of_the_config_reaches_the_logits(tiny_model, plain_log
 
 
 def test_ingredients_of_gemma_3n_are_refused_by_name(make_config):
-    config = make_config(num_layers=1).replace("altup", AltUpConfig())
-    with pytest.raises(ConfigError, match=r"altup.*Gemma 3n"):
+    config = make_config(num_layers=1).replace("audio", AudioConfig())
+    with pytest.raises(ConfigError, match=r"audio.*Gemma 3n"):
         Decoder(config, rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match=r"altup.*ScannedDecoder"):
+        ScannedDecoder(make_config(num_layers=1).replace("altup", AltUpConfig()), rngs=nnx.Rngs(0))
 
 
 def test_a_row_that_sat_out_steps_goes_on_as_if_it_had_not(tiny_model, step):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gemma_jax.configs.config import NormConfig
+from gemma_jax.configs.config import LayerSpec, NormConfig
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.layers import (
     ACTIVATION,
@@ -79,7 +79,7 @@ def test_activations_have_the_values_of_their_formulas(name, at, want):
 @pytest.mark.parametrize("activation", ["gelu_tanh", "relu"])
 def test_the_gated_mlp_is_gate_times_up_then_down(make_config, activation):
     config = make_config().replace("activation", activation)
-    mlp = GatedMLP(config, 48, rngs=nnx.Rngs(0), dtype=jnp.dtype("float32"))
+    mlp = GatedMLP(config, LayerSpec(is_local=True, ffw_width=48), rngs=nnx.Rngs(0), dtype=jnp.dtype("float32"))
     x = np.random.default_rng(0).normal(size=(2, 3, 32))
     gate, up, down = (np.asarray(w[...], np.float64) for w in (mlp.w_gate, mlp.w_up, mlp.w_down))
     z = x @ gate
