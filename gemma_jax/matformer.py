@@ -45,6 +45,8 @@ def slice(
     """
     if slicing is not None and (ffw is not None or tuple(skip)):
         raise ValueError("give a slicing, or ffw and skip, not both")
+    if gemma.model.embedder.fetch is not None:
+        raise ValueError("the per-layer embeddings are mapped from a checkpoint; load the slice itself with slicing=")
     slicing = slicing or Slicing.of(skip, ffw)
     config, kept, whole = slicing.apply(gemma.config), slicing.kept(gemma.config), gemma.model
     layout = Layout(whole.embedder.dims, is_fused=whole.layers[0].mlp.is_fused)

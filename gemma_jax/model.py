@@ -122,7 +122,7 @@ class Gemma:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        tools: Sequence[Any] = (),
+        tools: Sequence[Any] | None = (),
         max_rounds: int = 8,
         tool_form: str | None = None,
         image_options: ImageOptions = ImageOptions(),
@@ -133,17 +133,16 @@ class Gemma:
         """Answers a conversation of OpenAI-style messages ({"role": ..., "content": ...}).
 
         Content is a text or a list of parts: {"type": "text", "text": ...}, {"type": "image", "image": ...} with what
-        `generate` takes as image, and OpenAI's image_url with a data URL. Samples as the instruction-tuned models were
+        `generate` takes, and OpenAI's image_url with a data URL. Samples as the instruction-tuned models were
         released (temperature 1, top_k 64, top_p 0.95) unless told otherwise, up to the end of the turn or of the
-        context. Control tokens come from the template alone: text of users never becomes one.
+        context. Text of users never becomes a control token.
 
         Args:
             tools: functions that the model may call: typed Python functions with a docstring, which are run here, or
-                OpenAI's JSON, whose calls come back in `tool_calls`; see `gemma_jax.tools.schema`. Calls are checked
-                against the schema first; wrong calls, and what a function raises, are told to the model.
+                OpenAI's JSON, whose calls come back in `tool_calls`. Wrong calls, and what a function raises, are told
+                to the model.
             max_rounds: how often calls are run and the model is asked again.
-            tool_form: "python" or "json", as Gemma 3 is told to write calls, or "functiongemma", its own tokens. None:
-                what the vocabulary says.
+            tool_form: "python" or "json", how Gemma 3 writes calls, or "functiongemma". None: as the vocabulary says.
 
         Raises: ChatError for roles out of order and parts of another kind, ToolSchemaError for tools that cannot be
             offered, ImageError: all are ValueErrors.
@@ -151,13 +150,16 @@ class Gemma:
         tokenizer = self._need_tokenizer("chat")
         if isinstance(max_rounds, bool) or not isinstance(max_rounds, int) or max_rounds < 0:
             raise ValueError(f"max_rounds is {max_rounds!r}; wanted a whole number, 0 or more")
+        chosen = {"max_new_tokens": self.config.context, **CHAT_SAMPLING, **sampling}
 
         def answer(parts: Sequence[Part | Picture]) -> Completion:
             prompt = prompting.assemble(parts, tokenizer, self.config, image_options)
-            session = self._session([prompt], seed, self._chat_sampling(sampling), edits)
-            return complete(session, tokenizer, self.stop_ids)[0]
+            return complete(self._session([prompt], seed, chosen, edits), tokenizer, self.stop_ids)[0]
 
-        return converse(answer, messages, tool_set(tools), form_of(tokenizer, tool_form), tokenizer, max_rounds)
+        def fits(parts: Sequence[Part | Picture]) -> bool:
+            return len(prompting.assemble(parts, tokenizer, self.config, image_options).ids) <= self.config.context
+
+        return converse(answer, messages, tool_set(tools), form_of(tokenizer, tool_form), tokenizer, max_rounds, fits)
 
     def stream_chat(
         self,
@@ -172,7 +174,8 @@ class Gemma:
         tokenizer = self._need_tokenizer("chat")
         parts = form_of(tokenizer).prompt(messages, ())
         prompt = prompting.assemble(parts, tokenizer, self.config, image_options)
-        return self._stream([prompt], seed, self._chat_sampling(sampling), edits)
+        sampling = {"max_new_tokens": self.config.context, **CHAT_SAMPLING, **sampling}
+        return self._stream([prompt], seed, sampling, edits)
 
     def translate(self, texts: str | Sequence[str], *, source: str, target: str, **sampling: Any) -> Any:
         """Translations of texts, of one or of several in a batch. For TranslateGemma; text in images goes by `chat`.
@@ -181,15 +184,14 @@ class Gemma:
             source, target: codes such as "en", "de-AT" or "zh-Hant".
             **sampling: as for `generate`; the most likely tokens unless told otherwise.
 
-        Returns: a text, or a list of them. Raises ValueError for unknown languages.
+        Returns a text, or a list of them. Raises ValueError for unknown languages.
         """
         tokenizer = self._need_tokenizer("translate")
         languages = translategemma.language(source), translategemma.language(target)
-        several = [texts] if isinstance(texts, str) else list(texts)
-        if not several:
+        asked = [translategemma.of_text(t, *languages) for t in ([texts] if isinstance(texts, str) else texts)]
+        prompts = [Prompt(encode_chat(tokenizer, [{"role": "user", "content": text}])) for text in asked]
+        if not prompts:
             return []
-        turns = [[{"role": "user", "content": translategemma.of_text(text, *languages)}] for text in several]
-        prompts = [Prompt(encode_chat(tokenizer, turn)) for turn in turns]
         sampling = {"max_new_tokens": self.config.context, **sampling}
         done = complete(self._session(prompts, sampling.pop("seed", None), sampling, ()), tokenizer, self.stop_ids)
         return done[0].text if isinstance(texts, str) else [completion.text for completion in done]
@@ -313,6 +315,10 @@ class Gemma:
             ValueError for other names.
         """
         precision = Precision(dtype or self.model.final_norm.scale.dtype.name, quantize)
+        if self.model.embedder.fetch is not None:
+            raise ValueError(
+                "the per-layer embeddings are mapped from a checkpoint; convert that, or load with ple='device'"
+            )
         config = self.config.runnable
         assembly = Assembly(export.table(format, config))
         with export.writer(destination, config, assembly.table, precision, self.tokenizer) as writer:
@@ -392,6 +398,3 @@ class Gemma:
         if self.tokenizer is None:
             raise ValueError(f"{self.config.name} was loaded without a tokenizer, which {what} needs")
         return self.tokenizer
-
-    def _chat_sampling(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
-        return {"max_new_tokens": self.config.context, **CHAT_SAMPLING, **sampling}

@@ -93,7 +93,9 @@ def test_a_fused_model_is_cut_alike(gemma):
     np.testing.assert_array_equal(cut, np.concatenate([whole[:, :8], whole[:, width : width + 8]], axis=1))
 
 
-@pytest.mark.parametrize("format", ["orbax", "huggingface", "gguf"])
+@pytest.mark.parametrize(
+    "format", ["huggingface", *(pytest.param(f, marks=pytest.mark.slow) for f in ("orbax", "gguf"))]
+)
 def test_from_a_file_only_the_slice_is_read_and_it_is_the_same(gemma, tmp_path, format):
     slicing = SLICINGS["mix and match"]
     source = tmp_path / ("parent.gguf" if format == "gguf" else "parent")
@@ -187,7 +189,10 @@ def test_parameters_are_those_of_the_specification(name, effective, pieces):
     assert sum(found.values()) + unused == effective
 
 
-@pytest.mark.parametrize(("wide", "billions"), [(0, 2.22), (6, 2.52), (15, 2.97), (35, 3.98)])
+@pytest.mark.parametrize(
+    ("wide", "billions"),
+    [(6, 2.52), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((0, 2.22), (15, 2.97), (35, 3.98)))],
+)
 def test_effective_parameters_of_the_published_slices(wide, billions):
     """gemma3n.md, 3.2: 2,218,883,568 + 50,331,648 for each layer of 16,384 units."""
     parent = configs.get("gemma-3n-e4b")

@@ -37,6 +37,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora", metavar="ADAPTER", help="merge a LoRA adapter into the weights")
     parser.add_argument("--revision", help="of a repository of the hub: a branch, tag or commit")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument(
+        "--ple", default="device", choices=("device", "mapped"), help="3n: leave per-layer embeddings in the checkpoint"
+    )
     parser.add_argument("--no-compilation-cache", action="store_true", help="compile every program anew")
 
 
@@ -93,5 +96,5 @@ def load(options: argparse.Namespace) -> "Gemma":
 
     if not options.no_compilation_cache:
         enable_compilation_cache()
-    given = {name: getattr(options, name) for name in ("dtype", "overrides", "lora", "revision")}
+    given = {name: getattr(options, name) for name in ("dtype", "overrides", "lora", "revision", "ple")}
     return load(options.model, **given)

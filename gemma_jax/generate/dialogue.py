@@ -1,6 +1,7 @@
 """A conversation in which the model calls tools: it is asked, its calls are run, it is asked again."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from gemma_jax.tools.calls import ToolCall, ToolCallError
 from gemma_jax.tools.forms import Form
 from gemma_jax.tools.schema import Tool
 
+TOO_LONG = ToolCallError("result", "what came of the calls is too long for the context; ask for less")
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -23,17 +25,20 @@ def converse(
     form: Form,
     tokenizer: Tokenizer,
     max_rounds: int,
+    fits: Callable[[Sequence[Part | Picture]], bool],
 ) -> Completion:
     """The last answer to `messages`, after at most `max_rounds` rounds of calls.
 
     What goes wrong with a call is told to the model, which costs a round. Calls come back unrun, with finish_reason
-    "tool_calls", when no round is left and when one of them is right and has no function here.
+    "tool_calls", when no round is left and when one of them is right and has no function here. Results with which the
+    prompt no longer `fits` are withheld, and the model is told so.
     """
+    offered = list(tools.values())
     added: list[dict[str, Any]] = []
     for left in range(max_rounds, -1, -1):
-        completion = answer(form.prompt([*messages, *added] if added else messages, list(tools.values())))
+        completion = answer(form.prompt([*messages, *added] if added else messages, offered))
         try:
-            found = form.calls(completion.text or "", completion.tokens, tokenizer) if tools else []
+            found = form.calls(completion.text or "", completion.tokens, tokenizer, tools) if tools else []
         except ToolCallError as error:
             added.append({"role": "assistant", "content": completion.text})
             if not left:
@@ -52,11 +57,19 @@ def converse(
             return dataclasses.replace(
                 completion, finish_reason="tool_calls", messages=added, tool_calls=found, tool_error=wrong
             )
-        added += [
-            {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": json.dumps(result)}
-            for call, result in zip(found, running.results(found, tools), strict=True)
-        ]
+        results = running.results(found, tools)
+        told = _told(found, results)
+        if not fits(form.prompt([*messages, *added, *told], offered)):
+            told = _told(found, [TOO_LONG.as_result()] * len(found))
+        added += told
     raise AssertionError  # the last round returns
+
+
+def _told(found: Sequence[ToolCall], results: Sequence[Any]) -> list[dict[str, Any]]:
+    return [
+        {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": json.dumps(result)}
+        for call, result in zip(found, results, strict=True)
+    ]
 
 
 def _error(call: ToolCall, tools: Mapping[str, Tool]) -> ToolCallError | None:
@@ -69,5 +82,7 @@ def _error(call: ToolCall, tools: Mapping[str, Tool]) -> ToolCallError | None:
 
 def _numbered(found: Sequence[ToolCall], *sofar: Messages) -> list[ToolCall]:
     """Calls with ids that are not yet in the conversation."""
-    first = sum(len(message.get("tool_calls") or ()) for messages in sofar for message in messages)
-    return [dataclasses.replace(call, id=f"call_{first + i}") for i, call in enumerate(found)]
+    made = [message.get("tool_calls") for messages in sofar for message in messages]
+    used = {call.get("id") for calls in made if isinstance(calls, list) for call in calls if isinstance(call, Mapping)}
+    free = (name for name in map("call_{}".format, itertools.count()) if name not in used)
+    return [dataclasses.replace(call, id=next(free)) for call in found]

@@ -21,6 +21,8 @@ from jaxtyping import Float, UInt8
 if TYPE_CHECKING:
     from PIL import Image
 
+LONGEST_PATH = 4096  # characters
+PILLOWS_LIMIT = 89_478_485  # pixels, beyond which it takes an image for an attack
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of files that may come from others; open more with Pillow yourself
 GREY_LEVELS = 20.0  # no prepared pixel gets there, also not a disturbed one; levels of 0 to 255 do, and NaN
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
@@ -48,11 +50,17 @@ class ImageOptions:
     max_bytes: int = 64 << 20  # of a file
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pan_and_scan, bool) or not isinstance(self.hf_compat, bool):
+            raise ValueError(
+                f"pan_and_scan is {self.pan_and_scan!r}, hf_compat {self.hf_compat!r}; wanted True or False"
+            )
         for name in ("min_crop", "max_crops", "max_pixels", "max_bytes"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}; wanted a positive whole number")
-        if not 1.0 <= self.min_ratio < math.inf:
+        if self.max_pixels > PILLOWS_LIMIT:
+            raise ValueError(f"max_pixels is {self.max_pixels}; Pillow reads at most {PILLOWS_LIMIT}")
+        if not isinstance(self.min_ratio, int | float) or not 1.0 <= self.min_ratio < math.inf:
             raise ValueError(f"min_ratio is {self.min_ratio!r}; wanted a number of at least 1")
 
 
@@ -72,11 +80,16 @@ def read(source: Any, options: ImageOptions = ImageOptions()) -> UInt8[np.ndarra
     width, height = image.size
     if width * height > options.max_pixels:
         raise ImageError(f"{what} has {width} x {height} pixels; at most {options.max_pixels:,} are read (max_pixels)")
-    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-        raise ImageError(f"{what} is animated, with {image.n_frames} frames; give one of them")  # pyright: ignore
+    if not width * height:
+        raise ImageError(f"{what} has {width} x {height} pixels; wanted at least one")
     try:
-        return np.asarray(_rgb(image))
-    except (*_DAMAGE, MemoryError) as error:
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        if frames == 1:
+            return np.asarray(_rgb(image))
+        raise ImageError(f"{what} is animated, with {frames} frames; give one of them")
+    except ImageError:
+        raise
+    except (*_DAMAGE, LookupError, MemoryError) as error:
         raise ImageError(f"{what} cannot be decoded, it is damaged or cut off: {error}") from None
 
 
@@ -135,6 +148,8 @@ def stack(
     images: Sequence[Any], size: int, options: ImageOptions = ImageOptions()
 ) -> Float[np.ndarray, "N size size 3"]:
     """The pixels of some images, of each alone. Raises as `read`."""
+    if not images:
+        raise ImageError("there are no images; give at least one")
     alone = dataclasses.replace(options, pan_and_scan=False)
     return np.concatenate([prepare(image, size, alone) for image in images])
 
@@ -144,6 +159,8 @@ def prepare(source: Any, size: int, options: ImageOptions = ImageOptions()) -> F
 
     An array of floats is taken as prepared, [size, size, 3] with values between -1 and 1. Raises as `read`.
     """
+    if not isinstance(options, ImageOptions):
+        raise TypeError(f"image_options is a {type(options).__name__}; wanted an ImageOptions")
     if hasattr(source, "__array__") and np.asarray(source).dtype.kind in "fV":  # V: numpy's word for bfloat16
         return _prepared(np.asarray(source).astype(np.float32), size)[None]
     image = read(source, options)
@@ -218,6 +235,11 @@ def _data(source: Any, options: ImageOptions) -> tuple[bytes, str]:
         size, data, what = len(source), source, "the image"
     elif isinstance(source, str | os.PathLike):
         path = Path(source)
+        if len(str(source)) > LONGEST_PATH:
+            raise ImageError(
+                f"an image is a text of {len(str(source)):,} characters, too long for a path; is it base64? "
+                "That is written data:image/png;base64,..."
+            )
         if not path.is_file():
             raise FileNotFoundError(f"image {str(path)[:200]!r} does not exist or is no file")
         size, data, what = path.stat().st_size, path, f"image {path}"

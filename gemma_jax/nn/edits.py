@@ -204,6 +204,7 @@ def prepared(config: DecoderConfig, edits: Sequence[Edit], batch: int) -> tuple[
     So steering with a zero vector is the plain forward. Raises TypeError or ValueError for what is no edit, has no
     site, or does not fit its site.
     """
+    edits = edits if isinstance(edits, Edit) else tuple(edits)
     if isinstance(edits, Edit) or not all(isinstance(edit, Edit) for edit in edits):
         raise TypeError(f"edits is {edits!r}; wanted a list of Add, Patch, Scale, Ablate and Apply")
     shapes = sites.shapes(config)

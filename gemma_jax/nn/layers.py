@@ -111,14 +111,28 @@ class Table(nnx.Module):
     def __init__(self, config: DecoderConfig, dims: str, *, rngs: nnx.Rngs, dtype: jnp.dtype, has_pieces: bool = False):
         self.dims = dims
         self.embedding = weight(rngs, dims, dimension_sizes(config), dtype)
+        self.fetch, self.fetched = None, None
         if has_pieces:
             self.ple = weight(rngs, "R L P", dimension_sizes(config), dtype)
 
+    def map_pieces(self, fetch: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int, int]) -> None:
+        """Takes the rows from `fetch`, int [...] -> [..., L, P], instead of a parameter: the table of `shape` [R, L, P]
+        then takes no memory, and a program calls back for the rows of the tokens at hand.
+        """
+        dtype = self.ple.get_raw_value().dtype
+        del self.ple
+        self.fetch, self.fetched = fetch, (shape, dtype.name)
+
     def pieces(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T L P"]:
         """Each layer's own embedding of the tokens, times sqrt(P); tokens without a row take the first (3n, 2.1)."""
-        table = self.ple[...]
-        index = jnp.where((tokens >= 0) & (tokens < table.shape[0]), tokens, 0)
-        return jnp.take(table, index, axis=0) * jnp.asarray(table.shape[2] ** 0.5, table.dtype)
+        shape, dtype = (self.ple[...].shape, "") if self.fetched is None else self.fetched
+        index = jnp.where((tokens >= 0) & (tokens < shape[0]), tokens, 0)
+        if self.fetch is None:
+            rows = jnp.take(self.ple[...], index, axis=0)
+        else:
+            wanted = jax.ShapeDtypeStruct((*index.shape, *shape[1:]), dtype)
+            rows = jax.pure_callback(self.fetch, wanted, index, vmap_method="expand_dims")
+        return rows * jnp.asarray(shape[2] ** 0.5, rows.dtype)
 
     def rows(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The row of each token, unscaled. A token outside 0..V-1 is the caller's error and gives a clamped row."""

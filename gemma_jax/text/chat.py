@@ -142,7 +142,7 @@ def _role(message: Any, at: int) -> str:
 
 def system_text(message: Mapping[str, Any]) -> str:
     """What a system message says, untrimmed. Raises ChatError for anything but text."""
-    content = message["content"]
+    content = message.get("content")
     if isinstance(content, str):
         return content
     found = _content_list(content, 0)

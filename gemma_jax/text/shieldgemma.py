@@ -47,6 +47,7 @@ def chosen(policies: Sequence[str] | Mapping[str, str] | None) -> Mapping[str, s
         return POLICIES
     if isinstance(policies, str):
         raise ValueError(f"policies is the text {policies!r}; wanted a list of names, or {{name: text}}")
+    policies = policies if isinstance(policies, Mapping) else tuple(policies)
     if not policies:
         raise ValueError(f"policies is empty; wanted some of {', '.join(POLICIES)}, or {{name: text}} of your own")
     if isinstance(policies, Mapping):

@@ -3,6 +3,7 @@
 The texts stand in the checkpoints' template, which was not at hand; they are those that its independent ports agree on.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,13 +44,15 @@ def language(code: Any) -> Language:
     """The language of a code: "de", "de-DE", "zh-Hant", also with underscores. Raises ValueError for an unknown one."""
     written = code.strip().replace("_", "-") if isinstance(code, str) else ""
     name = NAMES.get(written.split("-")[0])
-    if name is None:
+    if name is None or not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*", written):
         raise ValueError(f"there is no language {code!r:.60}; wanted a code such as 'de', 'pt-BR' or 'zh-Hant'")
     return Language(written, name)
 
 
 def of_text(text: str, source: Language, target: Language) -> str:
-    """What a user's turn says to have a text translated."""
+    """What a user's turn says to have a text translated. Raises TypeError for what is no text."""
+    if not isinstance(text, str):
+        raise TypeError(f"there is a {type(text).__name__} to translate; wanted a text")
     return (
         f"{_task(source, target)}Produce only the {target.name} translation, without any additional explanations or "
         f"commentary. Please translate the following {source.name} text into {target.name}:\n\n\n{text.strip()}"

@@ -1,5 +1,6 @@
 """A call that a model wrote: checked against the tool's schema before anything runs, and what came of it."""
 
+import contextlib
 import difflib
 import json
 from collections.abc import Mapping, Sequence
@@ -7,17 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_jax.tools.schema import Tool, jsonschema
+from gemma_jax.tools.values import plain
 
 MAX_PROBLEMS = 5  # told at once
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A tool's name and its arguments, values of JSON."""
+    """A tool's name and its arguments, values of JSON: others are a ToolCallError."""
 
     name: str
     arguments: Mapping[str, Any]
     id: str = "call_0"
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "arguments", plain(dict(self.arguments)))
+        except ValueError as error:
+            raise ToolCallError("arguments", f"the arguments of {self.name!r:.100} are no JSON: {error}") from None
 
     def as_message(self) -> dict[str, Any]:
         """As it stands in an assistant's message in OpenAI's form."""
@@ -65,7 +73,7 @@ def check(call: ToolCall, tools: Mapping[str, Tool]) -> Tool:
     validator = jsonschema().Draft202012Validator(dict(tool.parameters))
     try:
         errors = sorted(validator.iter_errors(dict(call.arguments)), key=lambda error: list(map(str, error.path)))
-    except (RecursionError, LookupError) as error:  # of references: in circles, or to what is not there
+    except (RecursionError, LookupError, ArithmeticError, ValueError) as error:  # references in circles; huge numbers
         raise ToolCallError("arguments", f"the schema of {call.name} cannot be applied: {error!s:.200}") from None
     if errors:
         told = [f"{'/'.join(map(str, e.absolute_path)) or 'arguments'}: {e.message:.300}" for e in errors]
@@ -76,19 +84,19 @@ def check(call: ToolCall, tools: Mapping[str, Tool]) -> Tool:
 def run(call: ToolCall, tools: Mapping[str, Tool]) -> Any:
     """What the tool's function gives for checked arguments: a value of JSON.
 
-    Raises ToolCallError for what `check` refuses, whatever the function raises, and a result that JSON has not.
-    KeyboardInterrupt and SystemExit pass.
+    Raises ToolCallError for what `check` refuses, every Exception of the function's, and a result that JSON has not.
+    KeyboardInterrupt and its like pass.
     """
     tool = check(call, tools)
     if tool.function is None:
         raise ToolCallError("failed", f"{call.name} has no function here; its caller has to run it")
     try:
-        result = tool.function(**call.arguments)
+        result = tool.function(**tool.typed(call.arguments))
     except Exception as error:  # the user's code: whatever happens in it, the model is told
-        raise ToolCallError("failed", f"{call.name} failed: {type(error).__name__}: {error!s:.500}") from error
+        raise ToolCallError("failed", f"{call.name} failed: {type(error).__name__}: {_words(error)}") from error
     try:
-        return json.loads(json.dumps(result, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
+        return plain(result)
+    except ValueError as error:
         raise ToolCallError("result", f"the result of {call.name} cannot be told as JSON: {error}") from None
 
 
@@ -101,3 +109,10 @@ def results(calls: Sequence[ToolCall], tools: Mapping[str, Tool]) -> list[Any]:
         except ToolCallError as error:
             told.append(error.as_result())
     return told
+
+
+def _words(error: Exception) -> str:
+    """What an exception says, if it can."""
+    with contextlib.suppress(Exception):
+        return f"{error!s:.500}".encode(errors="replace").decode()
+    return "(its message cannot be read)"

@@ -1,6 +1,6 @@
 """The forms in which models are offered tools and call them, behind one interface."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,8 +21,11 @@ class Form(Protocol):
         """The conversation up to where the model goes on; see `turns.read`."""
         ...
 
-    def calls(self, text: str, tokens: Sequence[int], tokenizer: Tokenizer) -> list[ToolCall]:
-        """The calls of a reply, none if it is an answer. Raises ToolCallError for one that cannot be read."""
+    def calls(self, text: str, tokens: Sequence[int], tokenizer: Tokenizer, names: Collection[str]) -> list[ToolCall]:
+        """The calls of a reply, none if it is an answer; `names` are the tools'.
+
+        Raises ToolCallError for one that cannot be read.
+        """
         ...
 
 
@@ -36,9 +39,9 @@ class Prompted:
         """See `Form.prompt`."""
         return prompted.conversation(messages, tools, self.name)
 
-    def calls(self, text: str, tokens: Sequence[int], tokenizer: Tokenizer) -> list[ToolCall]:
+    def calls(self, text: str, tokens: Sequence[int], tokenizer: Tokenizer, names: Collection[str]) -> list[ToolCall]:
         """See `Form.calls`."""
-        return prompted.parse(text, self.name) or []
+        return prompted.parse(text, self.name, names) or []
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class FunctionGemma:
         """See `Form.prompt`."""
         return functiongemma.conversation(messages, tools)
 
-    def calls(self, text: str, tokens: Sequence[int], tokenizer: Tokenizer) -> list[ToolCall]:
+    def calls(self, text: str, tokens: Sequence[int], tokenizer: Tokenizer, names: Collection[str]) -> list[ToolCall]:
         """See `Form.calls`."""
         return functiongemma.parse(parts.decode(tokenizer, tokens))
 

@@ -80,10 +80,10 @@ class _Raw:
         self.parts = parts
 
 
-def _object_schema(schema: Mapping[str, Any]) -> list[Part]:
+def _object_schema(schema: Mapping[str, Any], first: Iterable[tuple[str, Any]] = ()) -> list[Part]:
     """Properties by name, then what is required in its own order, then the type; what is absent vanishes."""
     properties, required = schema.get("properties") or {}, schema.get("required") or []
-    fields: list[tuple[str, Any]] = []
+    fields = list(first)
     if properties:
         fields.append(("properties", _Raw(_fields([(k, _Raw(_schema(v))) for k, v in sorted(properties.items())]))))
     if required:
@@ -92,24 +92,28 @@ def _object_schema(schema: Mapping[str, Any]) -> list[Part]:
 
 
 def _schema(schema: Any) -> list[Part]:
-    """One property. Of several types (`["string", "null"]`) the first stands for all: the form has one."""
-    schema = schema if isinstance(schema, Mapping) else {}
-    kinds = schema.get("type", "string")
+    """One property. Of several types the first stands for all: the form has one."""
+    schema = _one_of(schema) if isinstance(schema, Mapping) else {}
+    kinds = schema.get("type") or _kind_of(schema.get("enum"))
     kind = next((k for k in kinds if k != "null"), "string") if isinstance(kinds, list) else kinds
     fields = [(name, schema[name]) for name in ("description", "enum") if schema.get(name)]
     if kind == "object":
-        inner = _object_schema(schema)[:]
-        own = _fields([*fields, ("type", "OBJECT")])
-        return _joined(own, inner) if schema.get("properties") else own
+        return _object_schema(schema, fields)
     if kind == "array" and isinstance(schema.get("items"), Mapping):
         fields.append(("items", _Raw(_schema(schema["items"]))))
     return _fields([*fields, ("type", str(kind).upper())])
 
 
-def _joined(own: list[Part], inner: list[Part]) -> list[Part]:
-    """An object's description before its properties, in one pair of braces."""
-    without_type = own[: own.index("type:") if "type:" in own else 1]
-    return [*without_type, *inner[1:]]
+def _one_of(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A schema with the first of its alternatives that is not null in place of all."""
+    choices = [c for name in ("anyOf", "oneOf") for c in schema.get(name) or () if isinstance(c, Mapping)]
+    chosen = next((choice for choice in choices if choice.get("type") != "null"), None)
+    return schema if chosen is None else {**_one_of(chosen), **schema}
+
+
+def _kind_of(values: Any) -> str:
+    kinds = {bool: "boolean", int: "integer", float: "number"}
+    return kinds.get(type(values[0]), "string") if isinstance(values, list) and values else "string"
 
 
 def calls(made: Sequence[ToolCall]) -> list[Part]:

@@ -7,7 +7,7 @@ model writes is parsed as data and never evaluated.
 import ast
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from gemma_jax.text import chat
@@ -30,6 +30,7 @@ _FENCE = re.compile(r"```(?:json|tool_code|python)?[ \t]*\n(.*?)\n?[ \t]*```", r
 _NAME = r"[A-Za-z_][\w.-]*"
 _PYTHON_HEAD = re.compile(rf"\[\s*{_NAME}\(|{_NAME}\(")
 _JSON_HEAD = re.compile(r'(\[\s*)?\{\s*"(name|parameters|arguments|type|function)"\s*:')
+_CALL_KEYS = {"name", "parameters", "arguments", "id", "type"}
 _NAMES = {"true": True, "false": False, "null": None}  # of JSON, which models mix in
 
 
@@ -74,10 +75,11 @@ def output(results: Sequence[tuple[str, Any]]) -> str:
     return f"```tool_output\n{text}\n```"
 
 
-def parse(text: str, form: str) -> list[ToolCall] | None:
+def parse(text: str, form: str, names: Collection[str] = ()) -> list[ToolCall] | None:
     """The calls that a reply consists of, or None if it is an answer.
 
-    Raises ToolCallError for a reply that has the shape of calls and cannot be read.
+    An answer may look like one: a call that stands alone, or JSON without parameters, is one only if its name is one of
+    `names`. Raises ToolCallError for a reply that has the shape of calls and cannot be read.
     """
     body = text.strip()
     if fence := _FENCE.fullmatch(body):
@@ -85,17 +87,24 @@ def parse(text: str, form: str) -> list[ToolCall] | None:
     head = (_PYTHON_HEAD if form == "python" else _JSON_HEAD).match(body)
     if head is None or not body.endswith((")", "]") if form == "python" else ("}", "]")):
         return None
-    is_certain = form == "json" or body.startswith("[")  # sin(x) alone may be an answer
+    is_certain = body.startswith("[") if form == "python" else True
     try:
         if len(body) > MAX_LENGTH or _depth(body) > MAX_DEPTH:
             limits = f"longer than {MAX_LENGTH} characters or nested deeper than {MAX_DEPTH}"
             raise ToolCallError("shape", f"the call is {limits}")
-        found = _python_calls(body) if form == "python" else _json_calls(body)
+        found = _python_calls(body) if form == "python" else _json_calls(body, names)
+        calls = None if found is None else [ToolCall(*one, f"call_{i}") for i, one in enumerate(found)]
+    except RecursionError:
+        calls = None
+        if is_certain:
+            raise ToolCallError("shape", "the call is nested too deeply") from None
     except ToolCallError:
+        calls = None
         if is_certain:
             raise
+    if calls and not is_certain and not all(call.name in names for call in calls):
         return None
-    return [ToolCall(name, arguments, f"call_{i}") for i, (name, arguments) in enumerate(found)]
+    return calls
 
 
 def _depth(text: str) -> int:
@@ -160,14 +169,26 @@ def _literal(node: ast.expr, where: str) -> Any:
     )
 
 
-def _json_calls(body: str) -> list[tuple[str, dict[str, Any]]]:
+def _json_calls(body: str, names: Collection[str]) -> list[tuple[str, dict[str, Any]]] | None:
+    """None for objects that hold other things than calls do."""
     try:
         data = json.loads(body, object_pairs_hook=_unique, parse_constant=_no_constant)
     except ToolCallError:
         raise
     except (ValueError, RecursionError) as error:
         raise ToolCallError("shape", f"the call is no JSON: {error}") from None
-    return [_json_call(item) for item in (data if isinstance(data, list) else [data])]
+    items = data if isinstance(data, list) else [data]
+    if any(_is_other(item, names) for item in items):
+        return None
+    return [_json_call(item) for item in items]
+
+
+def _is_other(item: Any, names: Collection[str]) -> bool:
+    """Whether an object is no call: `name` may be a person's."""
+    if not isinstance(item, dict) or isinstance(item.get("function"), dict):
+        return False
+    has_arguments = "parameters" in item or "arguments" in item
+    return not (set(item) <= _CALL_KEYS and (has_arguments or item.get("name") in names))
 
 
 def _json_call(item: Any) -> tuple[str, dict[str, Any]]:

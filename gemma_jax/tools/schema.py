@@ -5,9 +5,12 @@ import inspect
 import re
 import types
 import typing
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from gemma_jax.tools.values import plain
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 _SIMPLE = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
@@ -27,6 +30,11 @@ class Tool:
     description: str
     parameters: Mapping[str, Any]
     function: Callable[..., Any] | None = None
+    hints: Mapping[str, Any] = field(default_factory=dict)  # the function's annotations
+
+    def typed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Checked arguments as the function's annotations have them: members of enumerations, whole numbers as int."""
+        return {name: _typed(value, self.hints.get(name)) for name, value in arguments.items()}
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -55,9 +63,11 @@ class Tool:
         return tool
 
 
-def tool_set(sources: Iterable[Any]) -> dict[str, Tool]:
+def tool_set(sources: Iterable[Any] | None) -> dict[str, Tool]:
     """Tools by name, in their order; see `Tool.of`. Raises ToolSchemaError too for a name that is there twice."""
-    if isinstance(sources, Mapping | str) or callable(sources):
+    if sources is None:
+        return {}
+    if isinstance(sources, Mapping | str) or callable(sources) or not isinstance(sources, Iterable):
         raise ToolSchemaError(f"tools is a {type(sources).__name__}; wanted a list of tools")
     tools: dict[str, Tool] = {}
     for source in sources:
@@ -89,8 +99,14 @@ def _check(tool: Tool) -> None:
         raise ToolSchemaError(f"the parameters of {tool.name} are {parameters!r}; wanted a JSON schema of type object")
     library = jsonschema()
     try:
+        plain(parameters)
+    except ValueError as error:
+        raise ToolSchemaError(f"the parameters of {tool.name} are no JSON: {error}") from None
+    try:
         if outside := [reference for reference in _references(parameters) if not reference.startswith("#")]:
             raise ToolSchemaError(f"{tool.name} refers to {outside[0]!r}; nothing is fetched, wanted #/$defs/... only")
+        if missing := [one for one in _references(parameters) if not _leads(one, parameters)]:
+            raise ToolSchemaError(f"{tool.name} refers to {missing[0]!r}, which its parameters do not hold")
         library.Draft202012Validator.check_schema(dict(parameters))
     except library.SchemaError as error:
         where = "/".join(map(str, error.absolute_path)) or "the top"
@@ -114,6 +130,38 @@ def _references(node: Any) -> Iterator[str]:
             yield from _references(value)
 
 
+def _leads(reference: str, schema: Any) -> bool:
+    """Whether a reference, a JSON pointer behind #, leads to something."""
+    for key in reference.removeprefix("#").split("/")[1:]:
+        key = urllib.parse.unquote(key).replace("~1", "/").replace("~0", "~")
+        if isinstance(schema, list) and key.isdecimal() and int(key) < len(schema):
+            schema = schema[int(key)]
+        elif isinstance(schema, Mapping) and key in schema:
+            schema = schema[key]
+        else:
+            return False
+    return reference in ("", "#") or reference.startswith("#/")
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """A value of JSON as an annotation has it, where JSON has less: enumerations, 2.0 for an int; else as it is."""
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return hint(value)
+    if hint is int and isinstance(value, float):
+        return int(value)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _typed(value, arguments[0])
+    if origin in (typing.Union, types.UnionType) and value is not None:
+        own = [part for part in arguments if part is not type(None)]
+        return _typed(value, own[0]) if len(own) == 1 else value
+    if origin is list and arguments and isinstance(value, list):
+        return [_typed(item, arguments[0]) for item in value]
+    if origin is dict and len(arguments) == 2 and isinstance(value, dict):
+        return {key: _typed(item, arguments[1]) for key, item in value.items()}
+    return value
+
+
 def _of_json(data: Mapping[str, Any]) -> Tool:
     body = data.get("function", data)
     kind = data.get("type", "function")
@@ -132,8 +180,10 @@ def _of_function(function: Callable[..., Any]) -> Tool:
     try:
         signature = inspect.signature(function)
         hints = typing.get_type_hints(function if inspect.isroutine(function) else type(function).__call__)
-    except (TypeError, ValueError, NameError) as error:
+    except (TypeError, ValueError, NameError, AttributeError, SyntaxError) as error:
         raise ToolSchemaError(f"the signature of {name or function!r} cannot be read: {error}") from None
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise ToolSchemaError(f"{name} is an async function; give one that is called and answers")
     description, of_parameters = _docstring(inspect.getdoc(function) or "")
     properties, required = {}, []
     for parameter in signature.parameters.values():
@@ -142,13 +192,16 @@ def _of_function(function: Callable[..., Any]) -> Tool:
             raise ToolSchemaError(f"{where} cannot be given by name; a tool's parameters all can")
         if parameter.name not in hints:
             raise ToolSchemaError(f"{where} has no annotation; write its type, such as {parameter.name}: str")
-        properties[parameter.name] = schema = _schema(hints[parameter.name], where)
+        try:
+            properties[parameter.name] = schema = _schema(hints[parameter.name], where)
+        except TypeError as error:  # an annotation that cannot be looked up, as Literal[[1]]
+            raise ToolSchemaError(f"{where} is annotated {hints[parameter.name]!r}: {error}") from None
         if parameter.name in of_parameters:
             schema["description"] = of_parameters[parameter.name]
         if parameter.default is parameter.empty:
             required.append(parameter.name)
     parameters: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
-    return Tool(name, description, parameters | ({"required": required} if required else {}), function)
+    return Tool(name, description, parameters | ({"required": required} if required else {}), function, hints)
 
 
 def _schema(hint: Any, where: str) -> dict[str, Any]:
@@ -174,7 +227,7 @@ def _schema(hint: Any, where: str) -> dict[str, Any]:
         return {"anyOf": [*kinds, *([{"type": "null"}] if type(None) in arguments else [])]}
     if hint is list or origin is list:
         return {"type": "array"} | ({"items": _schema(arguments[0], where)} if arguments else {})
-    if hint is dict or (origin is dict and arguments[0] is str):
+    if hint is dict or (origin is dict and (not arguments or arguments[0] is str)):
         return {"type": "object"} | ({"additionalProperties": _schema(arguments[1], where)} if arguments else {})
     if hint is Any:
         return {}

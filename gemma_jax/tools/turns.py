@@ -8,6 +8,7 @@ from typing import Any
 
 from gemma_jax.text.chat import ChatError
 from gemma_jax.tools.calls import ToolCall
+from gemma_jax.tools.values import plain
 
 _SYSTEM, _MODEL = ("system", "developer"), ("assistant", "model")
 
@@ -78,7 +79,10 @@ def _role(message: Any, at: int) -> str:
 
 
 def _calls(message: Mapping[str, Any]) -> list[ToolCall]:
-    return [ToolCall.of_message(call, i) for i, call in enumerate(message.get("tool_calls") or ())]
+    made = message.get("tool_calls") or ()
+    if not isinstance(made, Sequence) or isinstance(made, str):
+        raise ChatError(f"tool_calls is {made!r:.100}; wanted a list of {{'function': {{'name', 'arguments'}}}}")
+    return [ToolCall.of_message(call, i) for i, call in enumerate(made)]
 
 
 def _results(message: Mapping[str, Any], at: int, names: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
@@ -89,9 +93,9 @@ def _results(message: Mapping[str, Any], at: int, names: Mapping[str, str]) -> I
     several = content if isinstance(content, list) else [content]
     named = [one for one in several if isinstance(one, Mapping) and set(one) == {"name", "response"}]
     if named and len(named) == len(several):
-        yield from ((one["name"], one["response"]) for one in named)
+        yield from ((str(one["name"]), _value(one["response"], at)) for one in named)
         return
-    name = message.get("name") or names.get(message.get("tool_call_id", ""))
+    name = message.get("name") or names.get(str(message.get("tool_call_id")))
     if not isinstance(name, str):
         raise ChatError(
             f"message {at} is a tool's, but neither has it a name nor is its tool_call_id "
@@ -102,4 +106,11 @@ def _results(message: Mapping[str, Any], at: int, names: Mapping[str, str]) -> I
     if isinstance(content, str):
         with contextlib.suppress(ValueError, RecursionError):
             content = json.loads(content)
-    yield name, content
+    yield name, _value(content, at)
+
+
+def _value(content: Any, at: int) -> Any:
+    try:
+        return plain(content)
+    except ValueError as error:
+        raise ChatError(f"message {at} is a tool's with a content that is no JSON: {error}") from None

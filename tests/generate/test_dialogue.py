@@ -9,11 +9,13 @@ from flax import nnx
 
 import gemma_jax as gj
 from gemma_jax import interp
+from gemma_jax.generate import dialogue
 from gemma_jax.text import parts
 from gemma_jax.text.chat import ChatError, encode_chat, render
 from gemma_jax.text.parts import Control
 from gemma_jax.text.tokenizer import Tokenizer
 from gemma_jax.tools import functiongemma, prompted
+from gemma_jax.tools.calls import ToolCall
 from gemma_jax.tools.forms import FunctionGemma, Prompted, form_of
 from gemma_jax.tools.schema import Tool, ToolSchemaError
 from tests.vocabulary import PIECES, huggingface_data
@@ -232,6 +234,12 @@ def test_instructions_stand_in_the_first_turn_behind_the_system_text(gemma):
     ([*ASK, assistant({"function": {}}), told("c", "f", 1)], {}, ValueError, "a tool call is"),
     ([{"role": "user"}], {}, ChatError, "message 0 has no content"),
     ([{"role": "system", "content": "a"}], {}, ChatError, "end with no user's"),
+    ([{"role": "system"}, *ASK], {}, ChatError, "message 0 has content None"),
+    ([*ASK, {"role": "assistant", "tool_calls": 5}, told("c", "f", 1)], {}, ChatError, "tool_calls is 5"),
+    ([*ASK, assistant(called("c", "f", {})), {"role": "tool", "tool_call_id": ["c"], "content": "1"}], {}, ChatError,
+     "message 2 is a tool's"),
+    ([*ASK, assistant(called("c", "f", {})), {"role": "tool", "name": "f", "content": {1, 2}}], {}, ChatError,
+     "message 2 is a tool's with a content that is no JSON"),
     ("hello", {}, ChatError, "messages is a str"),
     ([3], {}, ChatError, "message 0 has role None"),
 ])  # fmt: skip
@@ -260,3 +268,26 @@ def test_translate_is_a_greedy_chat(gemma):
     assert gemma.translate([], source="en", target="de") == []
     with pytest.raises(ValueError, match="no language 'xx'"):
         gemma.translate("hello", source="en", target="xx")
+
+
+def test_results_too_long_for_the_context_are_withheld(gemma):
+    def flood(n: int):
+        """Writes much."""
+        return "a " * n
+
+    told_it = told("call_0", "flood", dialogue.TOO_LONG.as_result())
+    asked = [assistant(called("call_0", "flood", {"n": 5000})), told_it]
+    edit = script(gemma, [("[flood(n=5000)]", asked), ("a", [])], ASK, [Tool.of(flood)], Prompted("python"))
+    done = gemma.chat(ASK, tools=[flood], temperature=0.0, edits=[edit])
+    assert done.messages == [*asked, {"role": "assistant", "content": "a"}]
+
+
+def test_ids_of_calls_are_new():
+    messages = [assistant(called("call_1", "f", {}), called("x", "g", {}))]
+    found = dialogue._numbered([ToolCall("f", {}), ToolCall("g", {}), ToolCall("h", {})], messages, [])
+    assert [call.id for call in found] == ["call_0", "call_2", "call_3"]
+
+
+def test_edits_may_come_from_a_generator(gemma):
+    with pytest.raises(ValueError, match="no site is called"):
+        gemma.generate([2, 5], edits=(edit for edit in [interp.Scale("nosuch", 2.0)]))

@@ -1,6 +1,7 @@
 """What becomes of an image before the tower sees it. The oracle is transformers' processor (gemma3.md section 5)."""
 
 import base64
+import contextlib
 import io
 import struct
 import zlib
@@ -229,3 +230,28 @@ def test_lists_of_images():
         images.sources(array)
     with pytest.raises(ImageError, match="images is a int"):
         images.sources(7)
+
+
+def test_a_cut_animation_and_an_image_without_pixels_are_refused():
+    frames = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 20), np.uint8)) for i in range(4)]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    data = file.getvalue()
+    for end in range(10, len(data), 7):
+        with contextlib.suppress(ImageError):
+            images.read(data[:end])
+    with pytest.raises(ImageError, match="0 x 5 pixels"):
+        images.prepare(Image.new("RGB", (0, 5)), 28, ImageOptions(pan_and_scan=True))
+
+
+def test_what_is_meant_is_said():
+    with pytest.raises(ImageError, match=r"too long for a path; is it base64\?"):
+        images.read("iVBORw0KGgo" * 1000)
+    with pytest.raises(ImageError, match="there are no images"):
+        images.stack([], 28)
+    with pytest.raises(TypeError, match="image_options is a dict"):
+        images.prepare(Image.new("RGB", (5, 5)), 28, {})
+    for options, words in (({"max_pixels": 10**9}, "Pillow reads at most"), ({"min_ratio": "a"}, "min_ratio is 'a'"),
+                           ({"hf_compat": "no"}, "hf_compat 'no'; wanted True or False")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            ImageOptions(**options)

@@ -229,3 +229,40 @@ def test_saved_and_loaded_it_is_the_same(tiny_3n, tmp_path):
         gemma.save(tmp_path / format, format=format)
         again = gj.load(tmp_path / format, dtype="float32", progress=False)
         np.testing.assert_allclose(again.logits(tokens), gemma.logits(tokens), atol=2e-4)
+
+
+@pytest.mark.parametrize("format", ["orbax", "huggingface"])
+def test_mapped_pieces_give_the_same_answers(tiny_3n, tmp_path, format):
+    """The table is no parameter; prefill and decoding read rows, each format its own way."""
+    gj.Gemma(tiny_3n.config, tiny_3n).save(tmp_path / "saved", format=format)
+    whole = gj.load(tmp_path / "saved", dtype="float32", progress=False)
+    mapped = gj.load(tmp_path / "saved", dtype="float32", ple="mapped", progress=False)
+    assert "embedder/ple" in parameters(whole.model)
+    assert "embedder/ple" not in parameters(mapped.model)
+    prompts = [np.random.default_rng(i).integers(0, 128, n).tolist() for i, n in enumerate((19, 7))]
+    options = {"max_new_tokens": 8, "ignore_eos": True}
+    assert [a.tokens for a in mapped.generate(prompts, **options)] == [
+        a.tokens for a in whole.generate(prompts, **options)
+    ]
+    with pytest.raises(ValueError, match="mapped from a checkpoint; convert"):
+        mapped.save(tmp_path / "again")
+    with pytest.raises(ValueError, match="load the slice itself"):
+        gj.matformer.slice(mapped, ffw=8)
+
+
+def test_a_mapped_slice_reads_the_kept_layers(tiny_3n, tmp_path):
+    gemma = gj.Gemma(tiny_3n.config, tiny_3n)
+    gemma.save(tmp_path / "saved")
+    slicing = gj.matformer.Slicing(skip=(1, 6), ffw=16)
+    mapped = gj.load(tmp_path / "saved", dtype="float32", ple="mapped", slicing=slicing, progress=False)
+    tokens = np.random.default_rng(3).integers(0, 128, (1, 12))
+    np.testing.assert_allclose(mapped.logits(tokens), gj.matformer.slice(gemma, slicing).logits(tokens), atol=2e-4)
+
+
+def test_there_is_nothing_to_map_without_pieces(make_3n, tmp_path):
+    config = make_3n(num_layers=5, num_shared=1).replace("per_layer_embedding", None)
+    gj.Gemma(config, Decoder(config, rngs=nnx.Rngs(0))).save(tmp_path / "saved")
+    with pytest.raises(ValueError, match="no per-layer embeddings to map"):
+        gj.load(tmp_path / "saved", ple="mapped")
+    with pytest.raises(ValueError, match="ple is 'disk'; wanted 'device' or 'mapped'"):
+        gj.load(tmp_path / "saved", ple="disk")

@@ -3,6 +3,7 @@
 import contextlib
 import enum
 import json
+import typing
 from typing import Literal
 
 import pytest
@@ -167,7 +168,7 @@ def test_a_result_that_is_no_json_is_told():
     ],
 )
 def test_replies_are_read(text, form, want):
-    found = prompted.parse(text, form)
+    found = prompted.parse(text, form, ["f", "g"])
     assert (None if found is None else [(call.name, call.arguments) for call in found]) == want
 
 
@@ -185,7 +186,7 @@ def test_replies_are_read(text, form, want):
         ('{"name": "f", "name": "g"}', "json", "same key twice"),
         ('{"name": "f", "parameters": [1]}', "json", "no object"),
         ('{"name": "f", "parameters": {"a": NaN}}', "json", "NaN"),
-        ('{"name": 3}', "json", "no name"),
+        ('{"name": 3, "parameters": {}}', "json", "no name"),
     ],
 )
 def test_broken_calls_are_errors(text, form, words):
@@ -339,3 +340,101 @@ def test_broken_calls_of_functiongemma_are_errors(text):
 def test_other_orders_are_refused(messages):
     with pytest.raises(ChatError):
         functiongemma.conversation(messages, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("[f(a=1e999)]", "python"),
+        ('{"name": "f", "parameters": {"a": 1e999}}', "json"),
+        (f"[f(a=0x{'f' * 3600})]", "python"),
+        (f"[f(a={'-' * 1500}1)]", "python"),
+        (f"[a{'.a' * 2000}(x=1)]", "python"),
+        ('{"name": "f", "parameters": {"a": "\\ud800"}}', "json"),
+    ],
+)
+def test_what_json_has_not_is_a_structured_error(text, form):
+    """Infinity, thousands of digits, runs of signs and dots, lone surrogates."""
+    with pytest.raises(ToolCallError):
+        prompted.parse(text, form, ["f"])
+    with pytest.raises(ToolCallError):
+        functiongemma.parse([functiongemma.CALL[0], "call:f{a:1e999}", functiongemma.CALL[1]])
+
+
+def test_answers_that_look_like_calls_are_answers():
+    assert prompted.parse('{"name": "Bob", "age": 5}', "json", ["f"]) is None
+    assert prompted.parse('{"type": "circle", "r": 5}', "json", ["f"]) is None
+    assert prompted.parse('{"name": "Bob"}', "json", ["f"]) is None
+    assert prompted.parse("```python\nprint()\n```", "python", ["f"]) is None
+    assert plain(prompted.parse("f(a=1)", "python", ["f"])) == [("f", {"a": 1})]
+    assert plain(prompted.parse('{"name": "f"}', "json", ["f"])) == [("f", {})]
+
+
+class Silent(Exception):
+    def __str__(self):
+        raise ZeroDivisionError
+
+
+def test_whatever_a_tool_does_is_told():
+    def silent():
+        raise Silent
+
+    def surrogate():
+        return "\ud800"
+
+    def deep():
+        value = []
+        for _ in range(600):
+            value = [value]
+        return value
+
+    tools = tool_set([silent, surrogate, deep])
+    told = calls.results([ToolCall(name, {}) for name in tools], tools)
+    assert [one["error"]["kind"] for one in told] == ["failed", "result", "result"]
+
+
+def test_arguments_have_the_types_of_the_annotations():
+    def typed(unit: Unit, n: int, units: list[Unit], other: Unit | None = None):
+        return [unit.name, "s" * n, [one.name for one in units], other]
+
+    tools = tool_set([typed])
+    call = ToolCall("typed", {"unit": "celsius", "n": 2.0, "units": ["fahrenheit"], "other": None})
+    assert calls.run(call, tools) == ["C", "ss", ["F"], None]
+
+
+async def later(x: int):
+    """Not called."""
+
+
+def bare(a: dict, b: "typing.Nope"):
+    """An annotation that is not there."""
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (later, "is an async function"),
+        (bare, "signature of 'bare' cannot be read"),
+        ({"name": "f", "parameters": {"properties": {"a": {"$ref": "#/$defs/x"}}}}, "refers to '#/\\$defs/x', which"),
+        ({"name": "f", "parameters": {"properties": {"a": {"$ref": "#foo"}}}}, "refers to '#foo'"),
+        ({"name": "f", "parameters": {"properties": {"a": {"default": {1}}}}}, "are no JSON"),
+    ],
+)
+def test_more_that_is_no_tool(source, words):
+    with pytest.raises(ToolSchemaError, match=words):
+        tool_set([source])
+    assert tool_set(None) == {}
+    with pytest.raises(ToolSchemaError, match="wanted a list of tools"):
+        tool_set(5)  # pyright: ignore
+
+
+def test_of_alternatives_functiongemma_is_told_the_first():
+    def pick(o: Literal["a", "b"] | None, n: int | list[int]):
+        """Picks."""
+
+    text = as_text(functiongemma.declarations(tool_set([pick]).values()))
+    assert "o:{enum:[<escape>a<escape>,<escape>b<escape>],type:<escape>STRING<escape>}" in text
+    assert "n:{type:<escape>INTEGER<escape>}" in text
+    nested = {"type": "object", "description": "type:", "properties": {"a": {"type": "string"}}}
+    tool = Tool("f", "", {"type": "object", "properties": {"o": nested}})
+    assert "o:{description:<escape>type:<escape>,properties:{a:" in as_text(functiongemma.declarations([tool]))
