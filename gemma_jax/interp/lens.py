@@ -33,7 +33,8 @@ def logit_lens(gemma: Gemma, tokens: Int[Array, "B T"], keep: int | Sequence[int
         keep: how many of the most likely tokens; or the ids whose log-probabilities are wanted.
         inputs: images, mask and edits, as for `capture`; edits of `final` and `logits` have no part in it.
 
-    The last row is what the model says. Never are the logits of more than LOGIT_ROWS places held.
+    The last row is what the model says; not so with AltUp (3n), where the lens sees the active stream alone. Never are
+    the logits of more than LOGIT_ROWS places held.
     """
     vocab_size, ids = gemma.config.vocab_size, None
     if isinstance(keep, int | np.integer):
