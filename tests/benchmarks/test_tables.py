@@ -60,7 +60,7 @@ def test_the_documentation_has_a_place_for_every_table(result):
     from benchmarks.protocol import ROOT
 
     page = (ROOT / "docs" / "benchmarks.md").read_text()
-    names = [*tables.sections(result), "compile_time", "long_context", "conversion", "vision"]
+    names = [*tables.sections(result), "compile_time", "long_context", "conversion", "vision", "gemma3n"]
     assert "filled" in tables.fill(page, dict.fromkeys(names, "filled"))
 
 
