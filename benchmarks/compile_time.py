@@ -8,7 +8,6 @@ Tracing, lowering and compiling are timed apart, for the forward pass as a scan 
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -148,11 +147,7 @@ def main() -> int:
         "programs": times,
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "compile_time.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = markdown(result)
-    if arguments.markdown:
-        tables.fill_file(arguments.markdown, {"compile_time": text})
-    print(text)
+    tables.publish("compile_time", result, markdown(result), arguments.output, arguments.markdown)
     return 0
 
 

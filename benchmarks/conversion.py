@@ -113,10 +113,7 @@ def main() -> int:
         "runs": runs,
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "conversion.json").write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.markdown:
-        tables.fill_file(arguments.markdown, {"conversion": markdown(result)})
-    print(markdown(result))
+    tables.publish("conversion", result, markdown(result), arguments.output, arguments.markdown)
     return 0 if all(run["peak_mib"] <= bound for run in runs.values()) else 1
 
 

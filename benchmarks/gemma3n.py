@@ -8,7 +8,6 @@ load the same bfloat16 file as float32. Ours twice: with the per-layer embedding
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -116,10 +115,7 @@ def main() -> int:
         return 1
     kept = {key: getattr(settings, key) for key in ("layers", "prompt", "threads", "repeats")}
     result = {"machine": machine.describe(), "peers": peers, **kept}
-    (settings.output / "gemma3n.json").write_text(json.dumps(result, indent=1) + "\n")
-    if settings.markdown:
-        tables.fill_file(settings.markdown, {"gemma3n": markdown(result)})
-    print(markdown(result))
+    tables.publish("gemma3n", result, markdown(result), settings.output, settings.markdown)
     return 0
 
 

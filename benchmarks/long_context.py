@@ -7,7 +7,6 @@ scores (chunk x length), never by length squared; the table shows the growth bes
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,10 +88,7 @@ def main() -> int:
             print(f"{length} tokens failed: {error}", file=sys.stderr)
             return 1
     result = {"machine": machine.describe(), "threads": arguments.threads, "prompts": prompts}
-    (arguments.output / "long_context.json").write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.markdown:
-        tables.fill_file(arguments.markdown, {"long_context": markdown(result)})
-    print(markdown(result))
+    tables.publish("long_context", result, markdown(result), arguments.output, arguments.markdown)
     return 0
 
 

@@ -1,5 +1,6 @@
 """A result as Markdown, and its place in a page: between <!-- benchmark:NAME --> and <!-- /benchmark:NAME -->."""
 
+import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,14 @@ def fill(page: str, parts: Mapping[str, str]) -> str:
 def fill_file(path: Path, parts: Mapping[str, str]) -> None:
     """`fill` for a file, in place."""
     path.write_text(fill(path.read_text(), parts))
+
+
+def publish(name: str, result: Mapping[str, Any], text: str, folder: Path, page: Path | None) -> None:
+    """A benchmark's result: as JSON into a folder, its table on a page, if one is named, and on the screen."""
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if page is not None:
+        fill_file(page, {name: text})
+    print(text)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -7,7 +7,6 @@ small layer; both load the same file. Each peer is a process of its own; they ta
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -110,10 +109,7 @@ def main() -> int:
         print(f"{error}; see benchmarks/setup_peers.sh", file=sys.stderr)
         return 1
     result |= {"machine": machine.describe(), "threads": arguments.threads}
-    (arguments.output / "vision.json").write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.markdown:
-        tables.fill_file(arguments.markdown, {"vision": markdown(result)})
-    print(markdown(result))
+    tables.publish("vision", result, markdown(result), arguments.output, arguments.markdown)
     return 0
 
 

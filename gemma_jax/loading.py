@@ -1,5 +1,6 @@
 """From a checkpoint to a `Gemma`: find it, read its config, stream its weights into place, build its tokenizer."""
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -101,12 +102,11 @@ def load(
                 "it another model's?"
             )
         source_weights = open_weights(reader, config, lora, slicing)
-        whole, config = config, config if slicing is None else slicing.apply(config)
-        rows = None
-        if ple == "mapped":
-            if config.per_layer_embedding is None:
-                raise ValueError(f"{config.name} has no per-layer embeddings to map; leave out ple")
-            rows = MappedRows(path, lambda own: open_weights(own, whole, lora, slicing), wanted)
+        if ple == "mapped" and config.per_layer_embedding is None:
+            raise ValueError(f"{config.name} has no per-layer embeddings to map; leave out ple")
+        opened = functools.partial(open_weights, config=config, lora=lora, slicing=slicing)
+        rows = MappedRows(path, opened, wanted) if ple == "mapped" else None
+        config = config if slicing is None else slicing.apply(config)
         return Gemma(config, read_weights(source_weights, config, wanted, sharding, progress, rows), tokenizer)
 
 

@@ -308,9 +308,10 @@ class Decoder(Stem):
         pieces, x = self.pieces(tokens, x), self.spread(x)
         states, keys, begin = [x], [], where
         lengths = None if cache is None or is_cache_empty else cache.lengths
-        narrow_at = len(self.layers) if last is None else self._first_reader() if tap is UNTAPPED else len(self.layers)
+        narrow_at = self._first_reader() if last is not None and tap is UNTAPPED else len(self.layers)
         for i, (layer, spec) in enumerate(zip(self.layers, self.config.layers, strict=True)):
-            if i == narrow_at and last is not None:
+            if i == narrow_at:
+                assert last is not None
                 x, where = column(x, last), where.column(last)
                 pieces = [None if piece is None else column(piece, last) for piece in pieces]
             before, inner = None if cache is None else cache.layers[i], tap.within(f"layers.{i}.")
