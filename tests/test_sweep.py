@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import gemma_jax as gj
-from gemma_jax import matformer, sweep
+from gemma_jax import matformer
 from gemma_jax.cli.main import main
 from gemma_jax.configs.config import ConfigError
 from gemma_jax.configs.slicing import Slicing
+from gemma_jax.matformer import sweep
 from gemma_jax.nn.cache import empty_cache
 from gemma_jax.nn.masks import Places
 

@@ -48,9 +48,9 @@ def _sweep(options: argparse.Namespace) -> None:
     text, folder = Path(options.text).read_text(encoding="utf-8"), Path(options.destination)
     if folder.exists():
         raise FileExistsError(f"{folder} exists; name a new folder")
-    from gemma_jax import sweep
     from gemma_jax.configs import slicing
     from gemma_jax.loading import load
+    from gemma_jax.matformer import sweep
 
     named = slicing.read_slicings(options.configs) if options.configs else None
     gemma = load(options.source, dtype=options.dtype or "auto")

@@ -11,17 +11,11 @@ A slice keeps some layers, and the first units of each one's ffw; nothing else c
 other: it runs, trains, is saved and converted. `gemma-jax slice` makes one from file to file.
 """
 
-from collections.abc import Iterable, Sequence
-
-import jax
-import jax.numpy as jnp
-from flax import nnx
+from collections.abc import Iterable
 
 from gemma_jax.configs.slicing import E2B, Slicing, read_slicings
 from gemma_jax.model import Gemma
-from gemma_jax.nn.decoder import Decoder
-from gemma_jax.nn.layers import Layout
-from gemma_jax.nn.paths import parameters, path_within
+from gemma_jax.nn.sliced import cut
 
 __all__ = ["E2B", "Slicing", "read_slicings", "slice"]
 
@@ -47,28 +41,5 @@ def slice(
         raise ValueError("give a slicing, or ffw and skip, not both")
     if gemma.model.embedder.fetch is not None:
         raise ValueError("the per-layer embeddings are mapped from a checkpoint; load the slice itself with slicing=")
-    slicing = slicing or Slicing.of(skip, ffw)
-    config, kept, whole = slicing.apply(gemma.config), slicing.kept(gemma.config), gemma.model
-    layout = Layout(whole.embedder.dims, is_fused=whole.layers[0].mlp.is_fused)
-    dtype = whole.final_norm.scale.dtype
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, layout=layout))
-    theirs = parameters(whole)
-    for path, param in parameters(model).items():
-        source = theirs[path_within(path, kept)]
-        shape = param.get_raw_value().shape
-        param.set_raw_value(_cut(source.get_raw_value(), source.get_metadata("dims"), shape, kept))
-    return Gemma(config, model, gemma.tokenizer)
-
-
-def _cut(value: jax.Array, dims: str, shape: Sequence[int], kept: Sequence[int]) -> jax.Array:
-    """The part of a parameter: the kept layers' of pieces (L), the first units of an ffw (F; in E gate and up)."""
-    for axis, (letter, size) in enumerate(zip(dims.split(), shape, strict=True)):
-        if value.shape[axis] == size:
-            continue
-        if letter == "L":
-            value = jnp.take(value, jnp.asarray(kept), axis=axis)
-        else:
-            parts = jnp.split(value, 2, axis=axis) if letter == "E" else [value]
-            first = [jax.lax.slice_in_dim(part, 0, size // len(parts), axis=axis) for part in parts]
-            value = jnp.concatenate(first, axis=axis) if len(first) > 1 else first[0]
-    return value
+    small = cut(gemma.model, slicing or Slicing.of(skip, ffw))
+    return Gemma(small.config, small, gemma.tokenizer)
