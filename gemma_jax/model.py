@@ -19,8 +19,8 @@ from gemma_jax.generate import embedding, scoring
 from gemma_jax.generate.classification import violations
 from gemma_jax.generate.completion import Completion, Piece, answers, complete, pieces
 from gemma_jax.generate.dialogue import converse
-from gemma_jax.generate.engine import Images, Session, check_ids
-from gemma_jax.generate.sampling import sampling_params
+from gemma_jax.generate.engine import check_ids
+from gemma_jax.generate.request import open_session, see
 from gemma_jax.generate.scoring import Score
 from gemma_jax.media import images as media
 from gemma_jax.media import vision
@@ -52,11 +52,6 @@ def _logits(model: Decoder | Edited, tokens: jax.Array, where: Places, inserted:
 @jax.jit
 def _hidden_states(model: Decoder | Edited, tokens: jax.Array, where: Places, inserted: Inserted | None) -> jax.Array:
     return model.hidden_states(tokens, where, inserted)
-
-
-@jax.jit
-def _see(model: Decoder, pixels: jax.Array) -> jax.Array:
-    return model.see(pixels)
 
 
 class Gemma:
@@ -91,7 +86,9 @@ class Gemma:
             edits: changes of the forward pass, the same for all rows, in prompt and answer: steering, patches,
                 ablations; see `gemma_jax.interp`.
             **sampling: fields of `SamplingParams`: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p,
-                repetition_penalty, stop (a text or several), logprobs, ignore_eos.
+                repetition_penalty, stop (a text or several), logprobs, ignore_eos. And of speculative decoding: draft,
+                a smaller `Gemma` of the same vocabulary, perhaps a slice of this one, and draft_tokens (4), how many it
+                drafts at once. The answer is the same, sooner if the draft is good; see `generate.speculative`.
 
         Returns: a `Completion`, or a list of them for a list of prompts.
         Raises: ValueError for bad values, empty or too long prompts, ids outside the vocabulary.
@@ -99,7 +96,7 @@ class Gemma:
         is_single = prompting.is_single(prompt)
         prompts: Any = [prompt] if is_single else list(prompt)
         read = prompting.assemble_all(prompts, images, self.tokenizer, self.config, image_options)
-        done = complete(self._session(read, seed, sampling, edits), self.tokenizer, self.stop_ids)
+        done = complete(open_session(self, read, seed, sampling, edits), self.tokenizer, self.stop_ids)
         return done[0] if is_single else done
 
     def stream(
@@ -154,7 +151,7 @@ class Gemma:
 
         def answer(parts: Sequence[Part | Picture]) -> Completion:
             prompt = prompting.assemble(parts, tokenizer, self.config, image_options)
-            return complete(self._session([prompt], seed, chosen, edits), tokenizer, self.stop_ids)[0]
+            return complete(open_session(self, [prompt], seed, chosen, edits), tokenizer, self.stop_ids)[0]
 
         def fits(parts: Sequence[Part | Picture]) -> bool:
             return len(prompting.assemble(parts, tokenizer, self.config, image_options).ids) <= self.config.context
@@ -193,7 +190,8 @@ class Gemma:
         if not prompts:
             return []
         sampling = {"max_new_tokens": self.config.context, **sampling}
-        done = complete(self._session(prompts, sampling.pop("seed", None), sampling, ()), tokenizer, self.stop_ids)
+        seed = sampling.pop("seed", None)
+        done = complete(open_session(self, prompts, seed, sampling), tokenizer, self.stop_ids)
         return done[0].text if isinstance(texts, str) else [completion.text for completion in done]
 
     def logits(
@@ -234,7 +232,7 @@ class Gemma:
     def see(self, images: Any, options: ImageOptions = ImageOptions()) -> Float[Array, "N M D"]:
         """The soft tokens of images, as the decoder gets them; see `generate`. Raises ValueError without a tower."""
         size = vision.tower_of(self.config).image_size
-        return _see(self.model, jnp.asarray(media.stack(media.sources(images), size, options)))
+        return see(self.model, jnp.asarray(media.stack(media.sources(images), size, options)))
 
     def score(self, prompt: Text) -> Score:
         """Log-probability of each token of a text (or list of ids) given those before, mean nll and perplexity."""
@@ -369,30 +367,8 @@ class Gemma:
     def _stream(
         self, prompts: Sequence[Prompt], seed: Any, sampling: Mapping[str, Any], edits: Sequence[Edit]
     ) -> Iterator[Piece]:
-        session = self._session(prompts, seed, sampling, edits)
+        session = open_session(self, prompts, seed, sampling, edits)
         return (piece for (piece,) in pieces(session, answers(session, self.tokenizer, self.stop_ids)))
-
-    def _session(
-        self, prompts: Sequence[Prompt], seed: Any, sampling: Mapping[str, Any], edits: Sequence[Edit]
-    ) -> Session:
-        stop = sampling.get("stop")
-        stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-        params = sampling_params(**{**sampling, "stop": stops})
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop texts need a tokenizer, and this model was loaded without one")
-        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
-        if len(seeds) != len(prompts):
-            raise ValueError(
-                f"{len(seeds)} seeds were given for {len(prompts)} prompts; give one each, or a single one"
-            )
-        rows = [dataclasses.replace(params, seed=one) for one in seeds]
-        ids, inserted = [prompt.ids for prompt in prompts], None
-        if found := [prompt.pixels for prompt in prompts if prompt.pixels is not None]:
-            pixels = np.concatenate(found)
-            index = vision.soft_indices(ids, len(pixels), self.config)
-            ids = [np.where(part >= 0, 0, row).tolist() for part, row in zip(index, ids, strict=True)]
-            inserted = Images(self.see(pixels), index)
-        return Session(edited(self.model, edits, len(ids)), ids, rows, self.stop_ids, images=inserted)
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:

@@ -37,10 +37,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora", metavar="ADAPTER", help="merge a LoRA adapter into the weights")
     parser.add_argument("--revision", help="of a repository of the hub: a branch, tag or commit")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument(
-        "--ple", default="device", choices=("device", "mapped"), help="3n: leave per-layer embeddings in the checkpoint"
-    )
+    add_ple(parser)
     parser.add_argument("--no-compilation-cache", action="store_true", help="compile every program anew")
+
+
+def add_ple(parser: argparse.ArgumentParser) -> None:
+    """Where per-layer embeddings are; see `loading.load`."""
+    parser.add_argument(
+        "--ple",
+        default="device",
+        choices=("device", "host", "mapped"),
+        help="3n: where per-layer embeddings are: on the device, in the host's memory, left in the checkpoint",
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +61,14 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetition-penalty", type=float, metavar="R")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer; may be repeated")
+
+
+def add_draft(parser: argparse.ArgumentParser) -> None:
+    """Options of speculative decoding."""
+    parser.add_argument(
+        "--draft", metavar="MODEL", help="a smaller model that drafts tokens; the answer stays the same"
+    )
+    parser.add_argument("--draft-tokens", type=int, metavar="N", help="how many it drafts at once (default: 4)")
 
 
 def add_images(parser: argparse.ArgumentParser, where: str) -> None:
@@ -98,3 +114,11 @@ def load(options: argparse.Namespace) -> "Gemma":
         enable_compilation_cache()
     given = {name: getattr(options, name) for name in ("dtype", "overrides", "lora", "revision", "ple")}
     return load(options.model, **given)
+
+
+def draft(options: argparse.Namespace) -> dict[str, Any]:
+    """The draft, loaded, and the number of its tokens, if they were given."""
+    from gemma_jax.loading import load
+
+    given = {} if options.draft_tokens is None else {"draft_tokens": options.draft_tokens}
+    return given if options.draft is None else {"draft": load(options.draft, dtype=options.dtype), **given}

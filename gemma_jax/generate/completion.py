@@ -1,11 +1,12 @@
 """Text in, text out: a session's tokens as completions, whole or as a stream of pieces."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gemma_jax.generate.engine import Session, Step
 from gemma_jax.generate.sampling import SamplingParams
+from gemma_jax.generate.speculative import SpeculativeSession
 from gemma_jax.generate.stopping import StopText
 from gemma_jax.text.stream import StreamDecoder
 from gemma_jax.text.tokenizer import Tokenizer
@@ -24,6 +25,8 @@ class Completion:
     prompt_tokens: int
     logprobs: list[float] | None = None  # of each token
     top_logprobs: list[dict[int, float]] | None = None  # the most likely ids for each token, if more than 0 were asked
+    num_draft_tokens: int | None = None  # with a draft: how many it proposed, and how many of them the model drew too
+    num_accepted_tokens: int | None = None
     messages: list[dict[str, Any]] | None = None  # of `chat`: what it adds to the conversation, this answer at the end
     tool_calls: list[ToolCall] | None = None  # that wait to be run by the caller
     tool_error: ToolCallError | None = None  # what is wrong with a call in this answer, if none was left to tell it
@@ -115,4 +118,10 @@ def complete(session: Session, tokenizer: Tokenizer | None, stop_ids: Sequence[i
     rows = answers(session, tokenizer, stop_ids)
     for _ in pieces(session, rows):
         pass
-    return [answer.completion() for answer in rows]
+    done = [answer.completion() for answer in rows]
+    if not isinstance(session, SpeculativeSession):
+        return done
+    counts = [
+        dict(zip(("num_draft_tokens", "num_accepted_tokens"), session.drafts(i), strict=True)) for i in range(len(done))
+    ]
+    return [replace(completion, **count) for completion, count in zip(done, counts, strict=True)]

@@ -6,7 +6,7 @@ token has position `cache.lengths[b]`, so unequal prompts share one program and 
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -98,7 +98,7 @@ def first_token(
     batch = last.shape[0]
     idle = jnp.zeros((batch,), jnp.int32)
     state = State(cache, idle, idle, limits.steps <= 0, seen)
-    return _draw(model, last, state, rows, limits, plan)
+    return draw(logits_at(model, last[:, None], cache.lengths[:, None] - 1)[:, 0], state, rows, limits, plan)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "size"), donate_argnames="state")
@@ -117,24 +117,29 @@ def decode_chunk(
         x, cache = model.hidden(state.tokens[:, None], Places(positions), state.cache)
         assert cache is not None
         state = State(cache, state.tokens, state.steps, state.is_done, state.seen)
-        state, drawn = _draw(model, x[:, 0], state, rows, limits, plan)
+        # the cache now ends with the token whose vector `x` is
+        logits = logits_at(model, x, cache.lengths[:, None] - 1)[:, 0]
+        state, drawn = draw(logits, state, rows, limits, plan)
 
         def put(buffer: jax.Array, new: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(buffer, new, i, axis=1)
 
-        columns = [jax.tree.map(put, *pair) for pair in zip(_columns(sofar), _columns(drawn), strict=True)]
-        return i + 1, state, Drawn(columns[0], sofar.counts + drawn.counts, *columns[1:])
+        return i + 1, state, joined(sofar, drawn, put)
 
-    start = (jnp.int32(0), state, _empty(state.tokens.shape[0], size, plan))
+    start = (jnp.int32(0), state, none_drawn(state.tokens.shape[0], size, plan))
     _, state, drawn = jax.lax.while_loop(more, step, start)
     return state, drawn
 
 
-def _columns(drawn: Drawn) -> list[jax.Array | None]:
-    return [drawn.tokens, drawn.logprobs, drawn.top_logprobs, drawn.top_ids]
+def joined(before: Drawn, new: Drawn, put: Callable[[jax.Array, jax.Array], jax.Array]) -> Drawn:
+    """Adds new columns to those before; `put` says where an array's new ones go."""
+    buffers = [[drawn.tokens, drawn.logprobs, drawn.top_logprobs, drawn.top_ids] for drawn in (before, new)]
+    tokens, *others = (jax.tree.map(put, *pair) for pair in zip(*buffers, strict=True))
+    return Drawn(tokens, before.counts + new.counts, *others)
 
 
-def _empty(batch: int, size: int, plan: Plan) -> Drawn:
+def none_drawn(batch: int, size: int, plan: Plan) -> Drawn:
+    """`size` columns to be filled."""
     tokens, counts = jnp.zeros((batch, size), jnp.int32), jnp.zeros((batch,), jnp.int32)
     if plan.num_logprobs is None:
         return Drawn(tokens, counts)
@@ -142,12 +147,13 @@ def _empty(batch: int, size: int, plan: Plan) -> Drawn:
     return Drawn(tokens, counts, jnp.zeros((batch, size)), jnp.zeros(shape), jnp.zeros(shape, jnp.int32))
 
 
-def _draw(
-    model: Model, x: Float[Array, "B D"], state: State, rows: Sampler, limits: Limits, plan: Plan
-) -> tuple[State, Drawn]:
-    """One token a row from the last hidden vectors; rows that are done stay as they are."""
-    # the cache ends with the token whose vector `x` is
-    logits = model.logits(x) if isinstance(model, Decoder) else model.logits_at(x, state.cache.lengths - 1)
+def logits_at(model: Model, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    """Logits of hidden vectors, which edits may change by their positions."""
+    return model.logits(x) if isinstance(model, Decoder) else model.logits_at(x, positions)
+
+
+def draw(logits: Float[Array, "B V"], state: State, rows: Sampler, limits: Limits, plan: Plan) -> tuple[State, Drawn]:
+    """One token a row; rows that are done stay as they are."""
     tokens = sampling.sample(logits, rows, plan, state.steps, state.seen)
     tokens = jnp.where(state.is_done, state.tokens, tokens)
     steps = state.steps + ~state.is_done
@@ -209,15 +215,17 @@ def prefill(
     capacity: int,
     chunk: int = PREFILL_CHUNK,
     images: Images | None = None,
+    slack: int = 0,
 ) -> tuple[Cache, Float[Array, "B D"]]:
     """The cache of `capacity` slots that has seen the prompts, and the last hidden vector of each.
 
     A chunk never ends within an image: a row whose image would be cut takes fewer tokens, and a chunk holds an image.
+    `slack`: see `slot_counts`.
     """
     starts = [0] * len(prompts)
     smallest = 1 if images is None else 2 ** math.ceil(math.log2(images.vectors.shape[1]))
     dtype = model.final_norm.scale.dtype
-    cache = empty_cache(model.config, len(prompts), capacity, dtype)
+    cache = empty_cache(model.config, len(prompts), capacity, dtype, slack)
     last = jnp.zeros((len(prompts), model.config.width), dtype)
     while longest := max(len(prompt) - start for prompt, start in zip(prompts, starts, strict=True)):
         size = max(chunk_sizes(longest, chunk)[0], smallest)
@@ -264,6 +272,8 @@ class Session:
     `finish(row)` ends a row early (a stop text was found); the others go on.
     """
 
+    slack = 0  # tokens that may be taken back
+
     def __init__(
         self,
         model: Model,
@@ -287,14 +297,14 @@ class Session:
         context = model.config.context
         steps = [min(row.max_new_tokens, context - len(p) + 1) for p, row in zip(prompts, params, strict=True)]
         needed = max(len(prompt) + count - 1 for prompt, count in zip(prompts, steps, strict=True))
-        if capacity is not None and capacity < needed:
-            raise ValueError(f"capacity is {capacity}; prompt and answer need {needed} slots")
+        if capacity is not None and capacity < needed + self.slack:
+            raise ValueError(f"capacity is {capacity}; prompt and answer need {needed + self.slack} slots")
         self.model, self.prompts, self.params, self.chunk = model, prompts, params, prefill_chunk
         self.images = images
         self.plan = sampling.plan(params)
         self.rows = sampling.sampler(params, model.config.vocab_size)
         self.limits = Limits(jnp.asarray(steps, jnp.int32), _stop_table(params, stop_ids))
-        self.capacity = capacity or capacity_bucket(needed)
+        self.capacity = capacity or capacity_bucket(needed + self.slack)
         self._ended = np.zeros(len(prompts), bool)
 
     def finish(self, row: int) -> None:
@@ -302,7 +312,7 @@ class Session:
         self._ended[row] = True
 
     def __iter__(self) -> Iterator[list[Step]]:
-        cache, last = prefill(self.model, self.prompts, self.capacity, self.chunk, self.images)
+        cache, last = prefill(self.model, self.prompts, self.capacity, self.chunk, self.images, self.slack)
         seen = self._seen() if self.plan.penalises else None
         state, drawn = first_token(self.model, last, cache, seen, self.rows, self.limits, self.plan)
         yield _steps(drawn)
@@ -312,10 +322,11 @@ class Session:
             if bool(np.all(state.is_done)):
                 return
             num_steps = min(2 * num_steps, DECODE_CHUNK)
-            state, drawn = decode_chunk(
-                self.model, state, self.rows, self.limits, np.int32(num_steps), self.plan, DECODE_CHUNK
-            )
+            state, drawn = self._decode(state, np.int32(num_steps))
             yield _steps(drawn)
+
+    def _decode(self, state: State, num_steps: np.int32) -> tuple[State, Drawn]:
+        return decode_chunk(self.model, state, self.rows, self.limits, num_steps, self.plan, DECODE_CHUNK)
 
     def _seen(self) -> jax.Array:
         seen = np.zeros((len(self.prompts), self.model.config.vocab_size), bool)

@@ -33,11 +33,15 @@ class Cache:
     lengths: jax.Array  # int32 [B]
 
 
-def slot_counts(config: DecoderConfig, capacity: int) -> tuple[int, ...]:
-    """Slots of each layer's cache for `capacity` tokens of context; none where it reads another layer's."""
-    windows = (capacity if config.kind(spec).window is None else config.kind(spec).window for spec in config.layers)
+def slot_counts(config: DecoderConfig, capacity: int, slack: int = 0) -> tuple[int, ...]:
+    """Slots of each layer's cache for `capacity` tokens of context; none where it reads another layer's.
+
+    A ring with `slack` slots more than its window forgets nothing visible when as many new tokens are taken back,
+    which is done by setting `Cache.lengths`.
+    """
+    windows = (config.kind(spec).window for spec in config.layers)
     return tuple(
-        0 if spec.kv_source is not None else min(window or 0, capacity)
+        0 if spec.kv_source is not None else capacity if window is None else min(window + slack, capacity)
         for spec, window in zip(config.layers, windows, strict=True)
     )
 
@@ -48,11 +52,11 @@ def cache_bytes(config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dty
     return batch * row * sum(slot_counts(config, capacity))
 
 
-def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtype | str) -> Cache:
+def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtype | str, slack: int = 0) -> Cache:
     """A cache for rows of at most `capacity` tokens. Writing more than that is the caller's error."""
     heads, width = config.attention.num_kv_heads, config.attention.head_dim
     layers = []
-    for slots in slot_counts(config, capacity):
+    for slots in slot_counts(config, capacity, slack):
         shape = (batch, heads, slots, width)
         layers.append(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
     return Cache(tuple(layers), jnp.zeros((batch,), jnp.int32))

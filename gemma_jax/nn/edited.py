@@ -45,10 +45,9 @@ class Edited:
     ) -> Float[Array, "L+1 B T D"]:
         return self.decoder.hidden_states(tokens, where, inserted, taps=self._taps())
 
-    def logits_at(self, x: Float[Array, "B D"], positions: Int[Array, " B"]) -> Float[Array, "B V"]:
-        """Logits of one place in each row."""
-        tap = self._taps().at(Places(positions[:, None]))
-        return tap("logits", self.decoder.logits(x)[:, None])[:, 0]
+    def logits_at(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Logits of some places of each row."""
+        return self._taps().at(Places(positions))("logits", self.decoder.logits(x))
 
     def _taps(self) -> Taps:
         return Taps(self.decoder.config, self.edits)

@@ -40,6 +40,16 @@ def test_generate_batches_prompts_and_speaks_json(run, model_folder):
     assert all(len(c["logprobs"]) == len(c["tokens"]) for c in report["completions"])
 
 
+def test_generate_takes_a_draft(run, model_folder):
+    code, out, _ = run("generate", "hello", "-n", "7", "--json", "--draft", str(model_folder), "--draft-tokens", "2")
+    (done,) = json.loads(out)["completions"]
+    assert code == 0
+    assert done["tokens"] == gj.load(model_folder).generate("hello", max_new_tokens=7).tokens
+    assert done["num_accepted_tokens"] > 0
+    code, _, err = run("generate", "hello", "--draft-tokens", "2")
+    assert (code, "there is no draft" in err) == (2, True)
+
+
 def test_generate_reads_standard_input_without_a_prompt(run, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     code, out, _ = run("generate", "-n", "2")
@@ -84,6 +94,10 @@ def test_inspect_counts_the_towers_and_what_layers_share(run):
     assert report["parameters"]["all"] == 4_300_079_472 - 64 * 2560
     report = json.loads(run("inspect", "gemma-3n-e2b", "--json", model=False)[1])
     assert report["parameters"]["audio"] == 681_348_640
+    assert report["effective_parameters"] == 1_905_495_648
+    assert set(report["memory"]) == {"device"}
+    report = json.loads(run("inspect", "gemma-3n-e2b", "--ple", "host", "--json", model=False)[1])
+    assert report["memory"]["host"] == {"parameters": 2_013_265_920, "nbytes": 4_026_531_840}
     assert report["cache_bytes"] == (256 + 16) * 2**20
 
 
