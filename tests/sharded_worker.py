@@ -1,7 +1,8 @@
 """One process of a run on virtual CPU devices; what tests/test_sharding.py starts.
 
 Arguments: a JSON object with `index`, `count` and `port` of the processes, `source`, `mesh` ({axis: size}), and
-`save` (a folder) or `values` (an .npz file for the weights, gathered). Writes the bytes
+`save` (a folder), `values` (an .npz file for the weights, gathered) or `slice` (an .npz file for logits of a
+slice, made with and without a copy). Writes the bytes
 that it read of the source to standard output.
 """
 
@@ -63,6 +64,22 @@ def main() -> None:
     if task.get("values"):
         arrays = {path: place.view(np.asarray(place.param[...])) for path, place in weights(gemma.model).items()}
         np.savez(Path(task["values"]), **arrays)
+    if task.get("slice"):
+        np.savez(Path(task["slice"]), **sliced_logits(gemma, sizes))
+
+
+def sliced_logits(gemma, sizes) -> dict[str, np.ndarray]:
+    """What is cut stays sharded as the whole is: along D and F."""
+    from gemma_jax import matformer
+
+    found = {}
+    for name, copy in (("own", True), ("shared", False)):
+        small = matformer.slice(gemma, ffw=24, skip=(5, 6), copy=copy)
+        found[name] = np.asarray(small.logits(np.arange(16).reshape(2, 8)))
+        if copy:
+            down = small.model.layers[0].mlp.w_down[...]
+            assert down.sharding.shard_shape(down.shape) == (24 // sizes["model"], 32 // sizes["data"])
+    return found
 
 
 if __name__ == "__main__":

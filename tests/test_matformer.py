@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gemma_jax as gj
-from gemma_jax import configs, matformer
+from gemma_jax import configs, interp, matformer
 from gemma_jax.cli.main import main
 from gemma_jax.configs import slicing as slices
 from gemma_jax.configs.config import ConfigError
@@ -19,6 +19,8 @@ from gemma_jax.configs.slicing import Slicing
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.layers import CPU_LAYOUT
 from gemma_jax.nn.paths import parameters
+from gemma_jax.nn.sliced import SharedSlice
+from tests import tpu
 
 TOKENS = np.random.default_rng(0).integers(0, 128, (1, 16))
 SLICINGS = {
@@ -275,3 +277,49 @@ def test_transformers_computes_the_same_from_a_slice(gemma, tmp_path):
         want = theirs(torch.from_numpy(TOKENS)).logits.numpy()
     got = np.asarray(small.logits(TOKENS))
     np.testing.assert_allclose(got, want[..., : got.shape[-1]], atol=1e-4)
+
+
+def test_slices_of_one_copy_are_the_slices(gemma, tmp_path):
+    """Generation, edits, scores and files; all weights are the whole's own arrays."""
+    slicing = SLICINGS["mix and match"]
+    own, small = matformer.slice(gemma, slicing), matformer.slice(gemma, slicing, copy=False)
+    theirs = {id(leaf) for leaf in jax.tree.leaves(gemma.model)}
+    assert {id(leaf) for leaf in jax.tree.leaves(small.model)} == theirs
+    assert small.config == own.config
+    np.testing.assert_allclose(small.logits(TOKENS), own.logits(TOKENS), atol=1e-5)
+    wishes = {"max_new_tokens": 9, "ignore_eos": True}
+    assert small.generate([2, 5, 9], **wishes).tokens == own.generate([2, 5, 9], **wishes).tokens
+    again = matformer.slice(small, ffw=1)
+    assert [spec.ffw_width for spec in again.config.layers] == [1] * 6
+    small.save(tmp_path / "small")
+    saved = parameters(gj.load(tmp_path / "small", progress=False).model)
+    assert sum(p[...].size for p in saved.values()) == sum(p[...].size for p in parameters(own.model).values())
+
+
+@pytest.mark.slow
+def test_slices_of_one_copy_draft_score_and_are_looked_into(gemma):
+    small = matformer.slice(gemma, ffw=24, copy=False)
+    own = matformer.slice(gemma, ffw=24)
+    want = gemma.generate([2, 5, 9], max_new_tokens=12, ignore_eos=True).tokens
+    done = gemma.generate([2, 5, 9], draft=small, max_new_tokens=12, ignore_eos=True)
+    assert done.tokens == want
+    assert small.score(TOKENS[0].tolist()).nll == pytest.approx(own.score(TOKENS[0].tolist()).nll, abs=1e-5)
+    np.testing.assert_allclose(small.hidden_states(TOKENS), own.hidden_states(TOKENS), atol=1e-5)
+    found = interp.capture(small, TOKENS, ["layers.1.mlp_hidden"])
+    assert found["layers.1.mlp_hidden"].shape == (1, 16, 24)
+
+
+@pytest.mark.slow
+@tpu.needs_libtpu
+def test_on_tpu_slices_read_the_one_copy_in_place():
+    """Seven layers in E4B's shape for a v5e: 578 MB would be copied, and temporaries stay below 16 MB."""
+    where, e4b = tpu.sharding(), configs.get("gemma-3n-e4b").runnable
+    pieces = dataclasses.replace(e4b.per_layer_embedding, num_rows=2048)
+    config = dataclasses.replace(e4b, vocab_size=2048, layers=e4b.layers[8:15], per_layer_embedding=pieces)
+    whole = tpu.abstract_model(config, where)
+    small = SharedSlice(whole, Slicing(ffw=8192, skip=(2,)))
+    memory = tpu.decode_program(small, where).memory_analysis()
+    assert memory.temp_size_in_bytes < 2**24
+    copied = 6 * 3 * 2048 * 8192 * 2  # bytes of the six layers' ffws
+    weights = sum(p.get_raw_value().size for p in parameters(whole).values()) * 2
+    assert copied < memory.argument_size_in_bytes < weights + 2**24

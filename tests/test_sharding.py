@@ -12,6 +12,7 @@ import pytest
 
 import gemma_checkpoints
 import gemma_jax as gj
+from gemma_jax import matformer
 from gemma_jax.nn.paths import weights
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +61,17 @@ def test_one_process_with_eight_devices_saves_and_restores_on_any_mesh(model_fol
     with np.load(tmp_path / "values.npz") as found:
         assert_same(dict(found), wanted)
     assert_same(values(tmp_path / "saved"), wanted)
+
+
+@pytest.mark.slow
+def test_a_slice_of_a_model_on_eight_devices_is_the_slice(tiny_3n, tmp_path):
+    gemma = gj.Gemma(tiny_3n.config, tiny_3n)
+    gemma.save(tmp_path / "whole")
+    run(1, source=str(tmp_path / "whole"), mesh={"data": 2, "model": 4}, slice=str(tmp_path / "logits.npz"))
+    wanted = matformer.slice(gemma, ffw=24, skip=(5, 6)).logits(np.arange(16).reshape(2, 8))
+    with np.load(tmp_path / "logits.npz") as found:
+        for name in ("own", "shared"):
+            np.testing.assert_allclose(found[name], wanted, atol=2e-5, err_msg=name)
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--context", type=int, metavar="T", help="tokens the cache is for (default: all)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows the cache is for")
     parser.add_argument("--cache-dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of weights in memory")
+    arguments.add_ple(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -27,6 +29,10 @@ def run(options: argparse.Namespace) -> None:
     print(json.dumps(report["config"], indent=2))
     for part, count in report["parameters"].items():
         print(f"{count:>16,}  {part}")
+    for place, held in report["memory"].items():
+        print(f"{held['nbytes']:>16,}  bytes of {options.dtype} weights, {place}: {held['parameters']:,} parameters")
+    if "effective_parameters" in report:
+        print(f"{report['effective_parameters']:>16,}  effective parameters, as published: without the two tables")
     size = f"{options.batch} x {report['context']} tokens"
     print(f"{report['cache_bytes']:>16,}  bytes of {options.cache_dtype} cache, {size}")
     for tensor in report.get("tensors", ()):
@@ -35,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> dict[str, Any]:
     import gemma_checkpoints
-    from gemma_jax import configs
+    from gemma_jax import accounting, configs
     from gemma_jax.configs import overrides
     from gemma_jax.loading import read_config
     from gemma_jax.nn.cache import cache_bytes
@@ -60,12 +66,16 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"context {context} and batch {options.batch}: wanted 1 to {config.context} tokens and at least one row"
         )
+    held = accounting.weights_held(config, options.dtype, options.ple)
     report = {
         "config": dataclasses.asdict(config),
         "parameters": _parameters(config),
         "context": context,
+        "memory": {place: dataclasses.asdict(part) for place, part in held.items() if part.parameters},
         "cache_bytes": cache_bytes(config, options.batch, context, options.cache_dtype),
     }
+    if config.per_layer_embedding is not None:
+        report["effective_parameters"] = accounting.effective_parameters(config)
     return report if tensors is None else {**report, "tensors": tensors}
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from gemma_jax.cli import chat, classify, convert, embed, generate, inspect, score, slice, verify
 
@@ -48,12 +49,25 @@ def entry() -> int:
     """`main` as a program. After an interruption it ends at once: tearing down Python while XLA still computes on
     another thread crashes now and then.
     """
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        """Python drops what is raised in a finaliser, and an interruption can come there as anywhere."""
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            _end()
+        usual(unraisable)
+
+    sys.unraisablehook = hook
     code = main()
     if code == INTERRUPTED:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _end()
     return code
+
+
+def _end() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
 
 
 def _exit_code(error: Exception) -> int:

@@ -4,18 +4,20 @@
 
     small = matformer.slice(gemma, matformer.E2B)                        # of E4B: what was released as E2B
     small = matformer.slice(gemma, ffw=[16384] * 5 + [8192] * 30)        # mix and match
+    small = matformer.slice(gemma, ffw=8192, copy=False)                 # one copy of the weights for all slices
     small = gemma_jax.load("google/gemma-3n-e4b-it", slicing=matformer.E2B)   # reads no more than the slice
     named = matformer.read_slicings("configs.csv")                       # the published file
 
 A slice keeps some layers, and the first units of each one's ffw; nothing else changes its width. It is a model like any
 other: it runs, trains, is saved and converted. `gemma-jax slice` makes one from file to file.
+`matformer.nested` trains a model so that its slices are good ones, `matformer.sweep` measures them.
 """
 
 from collections.abc import Iterable
 
 from gemma_jax.configs.slicing import E2B, Slicing, read_slicings
 from gemma_jax.model import Gemma
-from gemma_jax.nn.sliced import cut
+from gemma_jax.nn.sliced import SharedSlice, cut, standing
 
 __all__ = ["E2B", "Slicing", "read_slicings", "slice"]
 
@@ -26,6 +28,7 @@ def slice(
     *,
     ffw: int | Iterable[int] | None = None,
     skip: Iterable[int] = (),
+    copy: bool = True,
 ) -> Gemma:
     """A smaller model within a larger one.
 
@@ -33,13 +36,20 @@ def slice(
         slicing: or else:
         ffw: the width of all kept layers, or of each of them; None: as they are.
         skip: layers to leave out.
+        copy: what is cut is a copy, sharded as the whole is; what is not cut is shared. False: nothing is copied, and
+            programs read the whole's weights, so that slices of any widths are served from one copy of them, each
+            request by the slice it asks for. On TPU that costs neither memory nor time; XLA for CPU copies the cut
+            parts whenever a program runs.
 
-    What is not cut is shared with `gemma`, not copied; what is cut is a copy, sharded as the whole is.
     Raises: ConfigError for a slice that the model has not; see `Slicing.apply`.
     """
     if slicing is not None and (ffw is not None or tuple(skip)):
         raise ValueError("give a slicing, or ffw and skip, not both")
-    if gemma.model.embedder.fetch is not None:
-        raise ValueError("the per-layer embeddings are mapped from a checkpoint; load the slice itself with slicing=")
-    small = cut(gemma.model, slicing or Slicing.of(skip, ffw))
+    whole, slicing = standing(gemma.model), slicing or Slicing.of(skip, ffw)
+    if copy and whole.embedder.fetch is not None:
+        raise ValueError(
+            "the per-layer embeddings are mapped from a checkpoint; load the slice itself with slicing=, or give "
+            "copy=False"
+        )
+    small = cut(whole, slicing) if copy else SharedSlice(whole, slicing)
     return Gemma(small.config, small, gemma.tokenizer)

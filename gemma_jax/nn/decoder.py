@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -149,7 +150,8 @@ class Stem(nnx.Module):
                 f"dtype is {dtype.name}; wanted float32 or bfloat16: Gemma's residual stream passes 65504, "
                 "the end of float16"
             )
-        self.config = config
+        self.config, self.layout = config, layout
+        self.kept: tuple[int, ...] | None = None  # which layers' pieces to take from a table that has more
         has_pieces = config.per_layer_embedding is not None
         self.embedder = Table(config, layout.table_dims, rngs=rngs, dtype=dtype, has_pieces=has_pieces)
         if not config.has_tied_head:
@@ -200,6 +202,7 @@ class Stem(nnx.Module):
         if self.config.per_layer_embedding is None:
             return [None] * self.config.num_layers
         rows = self.embedder.pieces(tokens).astype(x.dtype)
+        rows = rows if self.kept is None else rows[:, :, np.asarray(self.kept)]
         context = jnp.einsum("BTD,DLP->BTLP", x, self.w_ple_proj[...]) * jnp.asarray(self.config.width**-0.5, x.dtype)
         made = (self.ple_proj_norm(context) + rows) * jnp.asarray(2**-0.5, x.dtype)
         return [made[:, :, i] for i in range(self.config.num_layers)]

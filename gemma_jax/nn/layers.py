@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gemma_jax.configs.config import DecoderConfig, LayerSpec, NormConfig
+from gemma_jax.nn import host
 from gemma_jax.nn.sites import UNTAPPED, Tap
 
 ACTIVATION: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -33,12 +34,16 @@ class Layout:
 
     table_dims: str = "V D"  # or "D V"; see `Table`
     is_fused: bool = False  # queries, keys and values by one matrix, gate and up by one; see `CPU_LAYOUT`
+    gathers_units: bool = False  # of a sparse ffw only the active units' rows are read when decoding
 
 
 PLAIN_LAYOUT = Layout()
 # Measured on two cores, one token: with separate matrices XLA runs products at the same time that hinder each other,
 # 33 ms for the layers of the 270M; fused 16 ms. A mesh wants them apart: N and K shard differently.
-CPU_LAYOUT = Layout("D V", is_fused=True)
+# Of a sparse ffw (3n, 8192 units, 95 % zeros) the rows of the active units: 10 ms a layer instead of 22, 30 of 49 for
+# four tokens. Not measured on accelerators.
+CPU_LAYOUT = Layout("D V", is_fused=True, gathers_units=True)
+BUDGET = 2.5  # times as many units as are active on average are gathered; with more active ones all rows are read
 
 
 def dimension_sizes(config: DecoderConfig) -> dict[str, int]:
@@ -124,11 +129,14 @@ class Table(nnx.Module):
         self.fetch, self.fetched = fetch, (shape, dtype.name)
 
     def pieces(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T L P"]:
-        """Each layer's own embedding of the tokens, times sqrt(P); tokens without a row take the first (3n, 2.1)."""
-        shape, dtype = (self.ple[...].shape, "") if self.fetched is None else self.fetched
+        """Each layer's own embedding of the tokens, times sqrt(P); tokens without a row take the first (3n, 2.1).
+
+        Rows alone come to the device where the table is on the host (see `host`) or is mapped.
+        """
+        shape, dtype = (self.ple.get_raw_value().shape, "") if self.fetched is None else self.fetched
         index = jnp.where((tokens >= 0) & (tokens < shape[0]), tokens, 0)
         if self.fetch is None:
-            rows = jnp.take(self.ple[...], index, axis=0)
+            rows = host.rows(self.ple.get_raw_value(), index)  # not [...]: outside a program that copies to the device
         else:
             wanted = jax.ShapeDtypeStruct((*index.shape, *shape[1:]), dtype)
             rows = jax.pure_callback(self.fetch, wanted, index, vmap_method="expand_dims")
@@ -161,6 +169,8 @@ class GatedMLP(nnx.Module):
         self.activation, self.is_fused = config.activation, layout.is_fused
         # rounded as the references round it: the last digits show in float64
         self.deviations = float(np.float32(statistics.NormalDist().inv_cdf(sparsity))) if sparsity else None
+        gathers = layout.gathers_units and sparsity
+        self.budget = max(1, round(BUDGET * (1 - sparsity) * ffw_width)) if gathers else ffw_width
         sizes = dimension_sizes(config) | {"F": ffw_width, "E": 2 * ffw_width}
         if self.is_fused:
             parts = (("gate", 0, ffw_width), ("up", ffw_width, 2 * ffw_width))
@@ -176,7 +186,21 @@ class GatedMLP(nnx.Module):
         else:
             gate, up = x @ self.w_gate[...], x @ self.w_up[...]
         gate = gate if self.deviations is None else _above(gate, self.deviations)
-        return tap("mlp_hidden", ACTIVATION[self.activation](gate) * up) @ self.w_down[...]
+        hidden = tap("mlp_hidden", ACTIVATION[self.activation](gate) * up)
+        num_tokens, ffw_width = math.prod(hidden.shape[:-1]), hidden.shape[-1]
+        if 2 * num_tokens * self.budget > ffw_width:  # little or nothing to win
+            return hidden @ self.w_down[...]
+        few = jnp.max(jnp.sum(hidden != 0, axis=-1)) <= self.budget
+        return jax.lax.cond(few, self._gathered, lambda h: h @ self.w_down[...], hidden)
+
+    def _gathered(self, hidden: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
+        """The product with the rows of the active units of each token, at most `budget` of them."""
+        rank = jnp.cumsum(hidden != 0, axis=-1).reshape(-1, hidden.shape[-1])
+        wanted = jnp.arange(1, self.budget + 1)
+        unit = jax.vmap(lambda row: jnp.searchsorted(row, wanted))(rank).reshape(*hidden.shape[:-1], -1)
+        # ranks that no unit has find the end: they take some row times zero
+        chosen = jnp.take_along_axis(hidden, unit, axis=-1, mode="fill", fill_value=0)
+        return jnp.einsum("BTF,BTFD->BTD", chosen, jnp.take(self.w_down[...], unit, axis=0, mode="clip"))
 
 
 def _above(gate: Float[Array, "B T F"], deviations: float) -> Float[Array, "B T F"]:

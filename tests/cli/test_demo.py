@@ -37,5 +37,24 @@ def test_an_interruption_ends_with_its_code_and_no_crash():
         process.stdout.read(5)  # the prompt and what comes next
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
+        try:
+            _, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
         assert (process.returncode, err.decode()) == (130, "")
+
+
+def test_an_interruption_in_a_finaliser_ends_the_program_too():
+    """Python only reports what is raised there and goes on."""
+    program = (
+        "import gemma_jax.cli.main as cli\n"
+        "class Broken:\n"
+        "    def __del__(self): raise KeyboardInterrupt\n"
+        "def main():\n"
+        "    Broken()\n"
+        "    print('went on')\n"
+        "cli.main = main\n"
+        "cli.entry()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -16,6 +16,7 @@ import gemma_jax as gj
 from gemma_jax import configs, interp
 from gemma_jax.configs.config import ConfigError, LayerSpec
 from gemma_jax.generate.engine import prefill
+from gemma_jax.nn import host
 from gemma_jax.nn.cache import cache_bytes, empty_cache, slot_counts
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.layers import GatedMLP
@@ -231,19 +232,35 @@ def test_saved_and_loaded_it_is_the_same(tiny_3n, tmp_path):
         np.testing.assert_allclose(again.logits(tokens), gemma.logits(tokens), atol=2e-4)
 
 
-@pytest.mark.parametrize("format", ["orbax", "huggingface"])
-def test_mapped_pieces_give_the_same_answers(tiny_3n, tmp_path, format):
-    """The table is no parameter; prefill and decoding read rows, each format its own way."""
+@pytest.mark.parametrize(
+    ("format", "ple"),
+    [("orbax", "host"), ("orbax", "mapped"), pytest.param("huggingface", "mapped", marks=pytest.mark.slow)],
+)
+def test_pieces_elsewhere_give_the_same_answers(tiny_3n, tmp_path, format, ple):
+    """On the host, or left in the file; prefill and decoding read rows."""
     gj.Gemma(tiny_3n.config, tiny_3n).save(tmp_path / "saved", format=format)
     whole = gj.load(tmp_path / "saved", dtype="float32", progress=False)
-    mapped = gj.load(tmp_path / "saved", dtype="float32", ple="mapped", progress=False)
-    assert "embedder/ple" in parameters(whole.model)
-    assert "embedder/ple" not in parameters(mapped.model)
+    other = gj.load(tmp_path / "saved", dtype="float32", ple=ple, progress=False)
+    table = parameters(other.model).get("embedder/ple")
+    assert (table is None) == (ple == "mapped")
+    assert table is None or host.is_on_host(table.get_raw_value())
     prompts = [np.random.default_rng(i).integers(0, 128, n).tolist() for i, n in enumerate((19, 7))]
-    options = {"max_new_tokens": 8, "ignore_eos": True}
-    assert [a.tokens for a in mapped.generate(prompts, **options)] == [
-        a.tokens for a in whole.generate(prompts, **options)
-    ]
+    found, want = (g.generate(prompts, max_new_tokens=8, ignore_eos=True, logprobs=5) for g in (other, whole))
+    for ours, theirs in zip(found, want, strict=True):
+        assert ours.tokens == theirs.tokens
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=1e-6, atol=1e-6)
+
+
+def test_with_pieces_on_the_host_a_model_is_saved(tiny_3n, tmp_path):
+    gj.Gemma(tiny_3n.config, tiny_3n).save(tmp_path / "saved")
+    gj.load(tmp_path / "saved", dtype="float32", ple="host", progress=False).save(tmp_path / "again")
+    again = gj.load(tmp_path / "again", dtype="float32", progress=False)
+    np.testing.assert_array_equal(again.model.embedder.ple[...], tiny_3n.embedder.ple[...])
+
+
+def test_a_mapped_model_is_neither_saved_nor_sliced(tiny_3n, tmp_path):
+    gj.Gemma(tiny_3n.config, tiny_3n).save(tmp_path / "saved")
+    mapped = gj.load(tmp_path / "saved", dtype="float32", ple="mapped", progress=False)
     with pytest.raises(ValueError, match="mapped from a checkpoint; convert"):
         mapped.save(tmp_path / "again")
     with pytest.raises(ValueError, match="load the slice itself"):
@@ -259,10 +276,25 @@ def test_a_mapped_slice_reads_the_kept_layers(tiny_3n, tmp_path):
     np.testing.assert_allclose(mapped.logits(tokens), gj.matformer.slice(gemma, slicing).logits(tokens), atol=2e-4)
 
 
-def test_there_is_nothing_to_map_without_pieces(make_3n, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize(("ple", "copy"), [("host", True), ("host", False), ("mapped", False)])
+def test_slices_of_a_model_with_pieces_elsewhere(tiny_3n, tmp_path, ple, copy):
+    gemma = gj.Gemma(tiny_3n.config, tiny_3n)
+    gemma.save(tmp_path / "saved")
+    slicing = gj.matformer.Slicing(skip=(1, 6), ffw=16)
+    whole = gj.load(tmp_path / "saved", dtype="float32", ple=ple, progress=False)
+    small = gj.matformer.slice(whole, slicing, copy=copy)
+    if ple == "host":
+        assert host.is_on_host(small.model.embedder.ple.get_raw_value())
+    tokens = np.random.default_rng(3).integers(0, 128, (1, 12))
+    np.testing.assert_allclose(small.logits(tokens), gj.matformer.slice(gemma, slicing).logits(tokens), atol=2e-4)
+
+
+def test_without_pieces_they_have_no_place(make_3n, tmp_path):
     config = make_3n(num_layers=5, num_shared=1).replace("per_layer_embedding", None)
     gj.Gemma(config, Decoder(config, rngs=nnx.Rngs(0))).save(tmp_path / "saved")
-    with pytest.raises(ValueError, match="no per-layer embeddings to map"):
-        gj.load(tmp_path / "saved", ple="mapped")
-    with pytest.raises(ValueError, match="ple is 'disk'; wanted 'device' or 'mapped'"):
+    for ple in ("mapped", "host"):
+        with pytest.raises(ValueError, match=f"no per-layer embeddings, so ple cannot be '{ple}'"):
+            gj.load(tmp_path / "saved", ple=ple)
+    with pytest.raises(ValueError, match="ple is 'disk'; wanted 'device', 'host', 'mapped'"):
         gj.load(tmp_path / "saved", ple="disk")

@@ -11,6 +11,7 @@ from gemma_jax.nn.layers import (
     CPU_LAYOUT,
     PLAIN_LAYOUT,
     GatedMLP,
+    Layout,
     RMSNorm,
     Table,
     dimension_sizes,
@@ -18,6 +19,7 @@ from gemma_jax.nn.layers import (
 )
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.paths import parameters, weights
+from gemma_jax.nn.sites import Tap
 
 
 def norm(scale: np.ndarray, config: NormConfig, dtype: str = "float32") -> RMSNorm:
@@ -86,6 +88,37 @@ def test_the_gated_mlp_is_gate_times_up_then_down(make_config, activation):
     gelu = 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
     want = ((gelu if activation == "gelu_tanh" else np.maximum(z, 0)) * (x @ up)) @ down
     np.testing.assert_allclose(mlp(jnp.asarray(x, jnp.float32)), want, atol=2e-5)
+
+
+@pytest.mark.parametrize("num_active", [1, 8, 9, 12], ids=lambda n: f"{n} of 64")
+def test_of_a_sparse_ffw_the_active_units_give_the_whole_product(make_config, num_active):
+    """Gathered up to the budget of 8, all rows beyond it; two tokens, one with a single active unit."""
+    layout = Layout(gathers_units=True)
+    spec = LayerSpec(is_local=True, ffw_width=64, activation_sparsity=0.95)
+    mlp = GatedMLP(make_config(), spec, rngs=nnx.Rngs(0), dtype=jnp.dtype("float32"), layout=layout)
+    assert mlp.budget == 8
+    gate = np.zeros((32, 64), np.float32)
+    gate[0, 20 : 20 + num_active] = 1 + 0.01 * np.arange(num_active)
+    gate[1, 63] = 1
+    mlp.w_gate.set_raw_value(jnp.asarray(gate))
+    x = np.random.default_rng(0).normal(size=(2, 1, 32)).astype(np.float32)
+    x[:, 0, :2] = np.eye(2)
+    hidden = []
+    tap = Spy(hidden)
+    found = mlp(jnp.asarray(x), tap)
+    assert [int(n) for n in np.count_nonzero(hidden[0], axis=-1)[:, 0]] == [num_active, 1]
+    np.testing.assert_allclose(found, hidden[0] @ np.asarray(mlp.w_down[...]), atol=1e-6)
+    whole = jax.jit(lambda mlp, x: mlp(x))(mlp, jnp.tile(x, (1, 8, 1)))  # too many tokens to gather for
+    np.testing.assert_allclose(whole[:, 3:4], found, atol=1e-6)
+
+
+class Spy(Tap):
+    def __init__(self, values):
+        object.__setattr__(self, "values", values)
+
+    def __call__(self, name, x):
+        self.values.append(np.asarray(x))
+        return x
 
 
 def test_softcap_stays_inside_the_cap_and_none_changes_nothing():
