@@ -168,11 +168,22 @@ def _gguf_writer(
 ) -> Writer:
     metadata = _gguf_metadata(config, precision, tokenizer)
     if config.vision is None:
-        return GGUFWriter(destination, layouts, metadata)
+        return GGUFWriter(destination, layouts, metadata, _unused(config, layouts, precision))
     tower = {name: layout for name, layout in layouts.items() if name.startswith(("v.", "mm."))}
     model = {name: layout for name, layout in layouts.items() if name not in tower}
     tower_metadata = {**tower_to_gguf(config), "general.file_type": _FILE_TYPES[DTYPES[precision.dtype].name]}
     return GGUFFolderWriter(destination, model, metadata, tower, tower_metadata)
+
+
+def _unused(config: DecoderConfig, used: Mapping[str, Layout], precision: Precision) -> dict[str, Layout]:
+    """Keys and values of layers that read another's: released files hold them, and llama.cpp loads none without."""
+    sizes = dataclasses.replace(_decoder(config), sharing_layers=frozenset())
+    entries = families.gemma("gguf", sizes, None, None).entries
+    return {
+        entry.source: Layout(entry.written_shape, _encoding("gguf", entry, precision))
+        for entry in entries
+        if entry.source not in used
+    }
 
 
 def _gguf_metadata(config: DecoderConfig, precision: Precision, tokenizer: Tokenizer | None) -> dict[str, Any]:

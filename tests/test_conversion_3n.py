@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import gemma_checkpoints
 import gemma_jax as gj
 from gemma_checkpoints import CheckpointError
 from gemma_checkpoints.names import Weights
@@ -20,6 +21,7 @@ from gemma_jax.configs.config import ConfigError
 from gemma_jax.configs.gguf import from_gguf, to_gguf
 from gemma_jax.configs.huggingface import from_huggingface, to_huggingface
 from gemma_jax.configs.towers import AudioConfig, ConvBlock, MobileNetConfig
+from gemma_jax.loading import read_config
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NO_TOWERS = [("vision", None), ("audio", None)]
@@ -267,6 +269,21 @@ def test_keys_that_no_layer_reads_are_left_out_and_others_are_unknown(text_folde
     save_file(whole | {"model.layers.12.self_attn.k_proj.weight": np.ones(2)}, text_folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"'model.layers.12.self_attn.k_proj.weight' is unknown"):
         gj.convert(text_folder, tmp_path / "more", to="huggingface")
+
+
+def test_gguf_files_hold_keys_that_nothing_reads_as_zeros(text_folder, tmp_path):
+    """llama.cpp loads no file without them; other formats need none."""
+    gj.convert(text_folder, tmp_path / "out.gguf", to="gguf", verify=True)
+    with gemma_checkpoints.open(tmp_path / "out.gguf") as reader:
+        config = read_config(reader, tmp_path / "out.gguf")
+        for i, spec in enumerate(config.layers):
+            for part in ("attn_k", "attn_v", "attn_k_norm"):
+                info = reader.tensors[f"blk.{i}.{part}.weight"]
+                assert info.shape == reader.tensors[f"blk.0.{part}.weight"].shape
+                values = np.ones(info.shape, np.float32)
+                reader.read(f"blk.{i}.{part}.weight", out=values)
+                is_zero = not values.any()
+                assert is_zero == (spec.kv_source is not None)
 
 
 def test_a_stem_without_bias_has_a_bias_of_zeros(folder, tmp_path):

@@ -81,16 +81,28 @@ class _File:
 
 class GGUFWriter(Writer):
     """A .gguf file that is being written. `metadata`: booleans, whole numbers, floats (stored as float32), texts, lists
-    of texts, and numpy arrays, which keep their dtype.
+    of texts, and numpy arrays, which keep their dtype. `unused` are tensors that only have to be there: zeros.
     """
 
-    def __init__(self, destination: str | os.PathLike, tensors: Mapping[str, Layout], metadata: Mapping[str, Any]):
-        super().__init__(destination, tensors)
+    def __init__(
+        self,
+        destination: str | os.PathLike,
+        tensors: Mapping[str, Layout],
+        metadata: Mapping[str, Any],
+        unused: Mapping[str, Layout] | None = None,
+    ):
+        self._unused = dict(unused or {})
+        super().__init__(destination, {**tensors, **self._unused})
         self._contents = _File(self.tensors, metadata)
 
     def layout(self, folder: Path) -> tuple[dict[str, Slot], Path]:
         path = folder / self.destination.name
         return self._contents.begin(path), path
+
+    def _commit(self) -> None:
+        for name, layout in self._unused.items():
+            self.put(name, np.broadcast_to(np.float32(0), layout.shape))
+        super()._commit()
 
     def _finish(self) -> None:
         self._contents.finish(self._whole, self.digests)
