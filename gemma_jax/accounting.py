@@ -25,7 +25,7 @@ def weights_held(config: DecoderConfig, dtype: jnp.dtype | str = "bfloat16", ple
     """What `load(dtype=dtype, ple=ple)` puts on the "device" and in memory of the "host", and leaves in the "file".
 
     Counted are all weights of the model that runs, the token table among them and once (a tied head is the same
-    array): the parameters of `Decoder(config.runnable)`, bytes as its arrays have. Of a sharded model: all shards.
+    array): the parameters of `Decoder(config)`, bytes as its arrays have. Of a sharded model: all shards.
     Raises ValueError for another `ple`, or one that only a model with per-layer embeddings has.
     """
     if ple not in WHERE or (ple != "device" and config.per_layer_embedding is None):
@@ -59,4 +59,4 @@ def unused_parameters(config: DecoderConfig) -> int:
 
 def _sizes(config: DecoderConfig) -> dict[str, int]:
     """Parameters of each weight of the model that runs, by canonical path."""
-    return {entry.path: math.prod(entry.shape) for entry in export.table("orbax", config.runnable).entries}
+    return {entry.path: math.prod(entry.shape) for entry in export.table("orbax", config).entries}

@@ -155,6 +155,10 @@ def _encoding(to: str, entry: Entry, precision: Precision) -> Encoding:
         return encodings.F32
     if to == "gguf" and entry.path.startswith(("vision/", "mm/")):  # llama.cpp convolves in float32
         return DTYPES[precision.dtype] if entry.path.startswith("vision/layers_") else encodings.F32
+    if (
+        to == "gguf" and entry.source_shape[-1] % precision.encoding.block
+    ):  # 3n's small matrices, whose rows are no whole blocks
+        return DTYPES[precision.dtype]
     is_table = entry.path in ("embedder/embedding", "head/embedding")
     return encodings.Q8_0 if is_table and precision.quantize is not None else precision.encoding
 

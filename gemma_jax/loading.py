@@ -62,7 +62,6 @@ def load(
 ) -> Gemma:
     """Loads a model from the name of installed weights or a checkpoint: Orbax, Hugging Face, DeepMind's, GGUF.
 
-    Of Gemma 3n's towers nothing is loaded: they are not run yet.
     Weights are read tensor by tensor straight into `dtype` and onto `sharding`; at no time is more held in memory than
     the model and one tensor.
 
@@ -96,7 +95,6 @@ def load(
     path = find(source, revision=revision, token=token)
     with gemma_checkpoints.open(path) as reader:
         config = config_overrides.apply(read_config(reader, path), overrides or {})
-        config = config.runnable
         tokenizer = read_tokenizer(reader, path)
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             raise CheckpointError(

@@ -22,7 +22,8 @@ NUM_RECENT = 1024  # rows kept of the tokens seen last; 30 MiB of E2B's in float
 class MappedRows:
     """Reads the rows of tokens from an open checkpoint. `open_weights` finds the model's weights in it.
 
-    Called by programs, from threads of XLA's; the checkpoint stays open as long as this lives.
+    Called by programs, from threads of XLA's; the checkpoint stays open as long as this lives, which compiled programs
+    keep alive too (`jax.clear_caches`).
     Measured on two cores: a row of safetensors takes 0.04 ms. Of an Orbax checkpoint a stored piece of 32 MiB is read
     and compared with its digest for it, 26 ms; so rows of a piece are read together, and those seen last are kept.
     """

@@ -1,6 +1,5 @@
 """`Gemma`: a config, its weights and a tokenizer. The object users hold."""
 
-import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,26 +14,28 @@ from gemma_jax import export
 from gemma_jax import prompts as prompting
 from gemma_jax.configs.config import DecoderConfig
 from gemma_jax.export import Precision
-from gemma_jax.generate import embedding, scoring
+from gemma_jax.generate import embedding, forward, scoring
 from gemma_jax.generate.classification import violations
-from gemma_jax.generate.completion import Completion, Piece, answers, complete, pieces
+from gemma_jax.generate.completion import Completion, Piece, complete
 from gemma_jax.generate.dialogue import converse
-from gemma_jax.generate.engine import check_ids
-from gemma_jax.generate.request import open_session, see
+from gemma_jax.generate.request import hear_all, open_session, see
 from gemma_jax.generate.scoring import Score
+from gemma_jax.generate.tasks import stream, transcripts, translations
+from gemma_jax.media import audio as hearing
 from gemma_jax.media import images as media
-from gemma_jax.media import vision
+from gemma_jax.media import places
+from gemma_jax.media.audio import AudioOptions
 from gemma_jax.media.images import ImageOptions
+from gemma_jax.media.video import VideoOptions
 from gemma_jax.nn.decoder import Decoder, Inserted
 from gemma_jax.nn.edited import Edited, edited
 from gemma_jax.nn.edits import Edit
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.paths import weights
 from gemma_jax.nn.sliced import standing
-from gemma_jax.prompts import Prompt
-from gemma_jax.text import shieldgemma, translategemma
-from gemma_jax.text.chat import encode_chat
-from gemma_jax.text.parts import Part, Picture
+from gemma_jax.prompts import MediaOptions
+from gemma_jax.text import shieldgemma
+from gemma_jax.text.parts import Item
 from gemma_jax.text.tokenizer import Tokenizer
 from gemma_jax.tools.forms import form_of
 from gemma_jax.tools.schema import tool_set
@@ -69,7 +70,9 @@ class Gemma:
         prompt: Text | Sequence[Text],
         *,
         images: Any = None,
+        audio: Any = None,
         image_options: ImageOptions = ImageOptions(),
+        audio_options: AudioOptions = AudioOptions(),
         seed: int | Sequence[int] | None = None,
         edits: Sequence[Edit] = (),
         **sampling: Any,
@@ -81,7 +84,9 @@ class Gemma:
             images: in the order of their places: PIL images, uint8 arrays, paths, bytes, data URLs, or one array of
                 prepared pixels, as `logits` takes them. In a text `<start_of_image>` marks a place, in ids it is
                 `config.vision.num_soft_tokens` times `config.vision.soft_token`.
-            image_options: how they are prepared; pan and scan is chosen here.
+            audio: sounds in the order of their places, for Gemma 3n: paths, bytes, data URLs, pairs (array, rate). In a
+                text `<start_of_audio>` marks a place.
+            image_options, audio_options: how they are prepared; pan and scan is chosen here.
             seed: makes sampling repeatable. A row's draws depend on its seed and prompt alone, not on its batch, so
                 equal prompts with one seed give equal answers; give a list of seeds, one a prompt, for different ones.
             edits: changes of the forward pass, the same for all rows, in prompt and answer: steering, patches,
@@ -96,7 +101,8 @@ class Gemma:
         """
         is_single = prompting.is_single(prompt)
         prompts: Any = [prompt] if is_single else list(prompt)
-        read = prompting.assemble_all(prompts, images, self.tokenizer, self.config, image_options)
+        options = MediaOptions(image=image_options, audio=audio_options)
+        read = prompting.assemble_all(prompts, images, self.tokenizer, self.config, options, audio)
         done = complete(open_session(self, read, seed, sampling, edits), self.tokenizer, self.stop_ids)
         return done[0] if is_single else done
 
@@ -105,7 +111,9 @@ class Gemma:
         prompt: Text,
         *,
         images: Any = None,
+        audio: Any = None,
         image_options: ImageOptions = ImageOptions(),
+        audio_options: AudioOptions = AudioOptions(),
         seed: int | None = None,
         edits: Sequence[Edit] = (),
         **sampling: Any,
@@ -113,8 +121,9 @@ class Gemma:
         """Continues one prompt; yields pieces of whole characters as they come, the last with a finish_reason."""
         if not prompting.is_single(prompt):
             raise ValueError("stream continues one prompt; use generate for a batch")
-        read = prompting.assemble_all([prompt], images, self.tokenizer, self.config, image_options)
-        return self._stream(read, seed, sampling, edits)
+        options = MediaOptions(image=image_options, audio=audio_options)
+        read = prompting.assemble_all([prompt], images, self.tokenizer, self.config, options, audio)
+        return stream(self, read, seed, sampling, edits)
 
     def chat(
         self,
@@ -124,6 +133,8 @@ class Gemma:
         max_rounds: int = 8,
         tool_form: str | None = None,
         image_options: ImageOptions = ImageOptions(),
+        audio_options: AudioOptions = AudioOptions(),
+        video_options: VideoOptions = VideoOptions(),
         seed: int | None = None,
         edits: Sequence[Edit] = (),
         **sampling: Any,
@@ -131,9 +142,10 @@ class Gemma:
         """Answers a conversation of OpenAI-style messages ({"role": ..., "content": ...}).
 
         Content is a text or a list of parts: {"type": "text", "text": ...}, {"type": "image", "image": ...} with what
-        `generate` takes, and OpenAI's image_url with a data URL. Samples as the instruction-tuned models were
-        released (temperature 1, top_k 64, top_p 0.95) unless told otherwise, up to the end of the turn or of the
-        context. Text of users never becomes a control token.
+        `generate` takes, "audio" likewise, "video" (a path, bytes, a list of images), OpenAI's image_url with a data
+        URL, and input_audio. Samples as the instruction-tuned models were released (temperature 1, top_k 64, top_p
+        0.95) unless told otherwise, up to the end of the turn or of the context. Text of users never becomes a control
+        token.
 
         Args:
             tools: functions that the model may call: typed Python functions with a docstring, which are run here, or
@@ -148,14 +160,15 @@ class Gemma:
         tokenizer = self._need_tokenizer("chat")
         if isinstance(max_rounds, bool) or not isinstance(max_rounds, int) or max_rounds < 0:
             raise ValueError(f"max_rounds is {max_rounds!r}; wanted a whole number, 0 or more")
+        options = MediaOptions(image=image_options, audio=audio_options, video=video_options)
         chosen = {"max_new_tokens": self.config.context, **CHAT_SAMPLING, **sampling}
 
-        def answer(parts: Sequence[Part | Picture]) -> Completion:
-            prompt = prompting.assemble(parts, tokenizer, self.config, image_options)
+        def answer(parts: Sequence[Item]) -> Completion:
+            prompt = prompting.assemble(parts, tokenizer, self.config, options)
             return complete(open_session(self, [prompt], seed, chosen, edits), tokenizer, self.stop_ids)[0]
 
-        def fits(parts: Sequence[Part | Picture]) -> bool:
-            return len(prompting.assemble(parts, tokenizer, self.config, image_options).ids) <= self.config.context
+        def fits(parts: Sequence[Item]) -> bool:
+            return len(prompting.assemble(parts, tokenizer, self.config, options).ids) <= self.config.context
 
         return converse(answer, messages, tool_set(tools), form_of(tokenizer, tool_form), tokenizer, max_rounds, fits)
 
@@ -164,6 +177,8 @@ class Gemma:
         messages: Sequence[Mapping[str, Any]],
         *,
         image_options: ImageOptions = ImageOptions(),
+        audio_options: AudioOptions = AudioOptions(),
+        video_options: VideoOptions = VideoOptions(),
         seed: int | None = None,
         edits: Sequence[Edit] = (),
         **sampling: Any,
@@ -171,9 +186,10 @@ class Gemma:
         """`chat` as a stream of pieces, without tools."""
         tokenizer = self._need_tokenizer("chat")
         parts = form_of(tokenizer).prompt(messages, ())
-        prompt = prompting.assemble(parts, tokenizer, self.config, image_options)
+        options = MediaOptions(image=image_options, audio=audio_options, video=video_options)
+        prompt = prompting.assemble(parts, tokenizer, self.config, options)
         sampling = {"max_new_tokens": self.config.context, **CHAT_SAMPLING, **sampling}
-        return self._stream([prompt], seed, sampling, edits)
+        return stream(self, [prompt], seed, sampling, edits)
 
     def translate(self, texts: str | Sequence[str], *, source: str, target: str, **sampling: Any) -> Any:
         """Translations of texts, of one or of several in a batch. For TranslateGemma; text in images goes by `chat`.
@@ -184,21 +200,37 @@ class Gemma:
 
         Returns a text, or a list of them. Raises ValueError for unknown languages.
         """
-        tokenizer = self._need_tokenizer("translate")
-        languages = translategemma.language(source), translategemma.language(target)
-        asked = [translategemma.of_text(t, *languages) for t in ([texts] if isinstance(texts, str) else texts)]
-        prompts = [Prompt(encode_chat(tokenizer, [{"role": "user", "content": text}])) for text in asked]
-        if not prompts:
-            return []
-        sampling = {"max_new_tokens": self.config.context, **sampling}
-        seed = sampling.pop("seed", None)
-        done = complete(open_session(self, prompts, seed, sampling), tokenizer, self.stop_ids)
-        return done[0].text if isinstance(texts, str) else [completion.text for completion in done]
+        several = [texts] if isinstance(texts, str) else texts
+        found = translations(self, self._need_tokenizer("translate"), several, source, target, sampling)
+        return found[0] if isinstance(texts, str) else found
+
+    def transcribe(
+        self,
+        audio: Any,
+        *,
+        language: str | None = None,
+        translate_to: str | None = None,
+        audio_options: AudioOptions = AudioOptions(long="chunk"),
+        **sampling: Any,
+    ) -> list[str]:
+        """What is said in each of some sounds. For instruction-tuned Gemma 3n.
+
+        Args:
+            audio: what `generate` takes. Of more than 30 seconds every 30 seconds are heard by themselves.
+            language: that is spoken, a code such as "en"; None: the model finds out.
+            translate_to: a code; the answer is then the text and its translation.
+            **sampling: as for `generate`; the most likely tokens unless told otherwise.
+
+        Raises: ValueError for unknown languages and models without audio tower or tokenizer; AudioError.
+        """
+        tokenizer, sounds = self._need_tokenizer("transcribe"), hearing.sources(audio)
+        return transcripts(self, tokenizer, sounds, language, translate_to, audio_options, sampling)
 
     def logits(
         self,
         tokens: Int[Array, "B T"],
         images: Any = None,
+        audio: Any = None,
         *,
         mask: Bool[Array, "B T"] | None = None,
         edits: Sequence[Edit] = (),
@@ -208,32 +240,39 @@ class Gemma:
         Args:
             tokens: ids; each image is `config.vision.num_soft_tokens` times `config.vision.soft_token` in a row.
             images: in the order in which they stand in the rows, row after row: what `generate` takes, or pixels float
-                [N, height, width, 3] in the tower's size, between -1 and 1.
+                [N, height, width, 3] in the tower's size, between -1 and 1 (Gemma 3n: 0 and 1).
+            audio: in the order of their places, after all images: what `generate` takes; of each the first 30 seconds.
             mask: False at padding, left or right; what stands at padding has no meaning.
             edits: changes of the forward pass; see `gemma_jax.interp`.
 
         B*T*V*4 bytes are needed. T may pass the context here and in `hidden_states`, for research into what a model
         does there. Raises ValueError for ids outside the vocabulary, and images that are not those of the tokens.
         """
-        batch = self.batch(tokens, images, mask)
+        batch = self.batch(tokens, images, audio, mask)
         return _logits(edited(self.model, edits, len(batch[0])), *batch)
 
     def hidden_states(
         self,
         tokens: Int[Array, "B T"],
         images: Any = None,
+        audio: Any = None,
         *,
         mask: Bool[Array, "B T"] | None = None,
         edits: Sequence[Edit] = (),
     ) -> Float[Array, "L+1 B T D"]:
         """The stream before the first layer and after each; the last after the final norm (Hugging Face's order)."""
-        batch = self.batch(tokens, images, mask)
+        batch = self.batch(tokens, images, audio, mask)
         return _hidden_states(edited(self.model, edits, len(batch[0])), *batch)
 
     def see(self, images: Any, options: ImageOptions = ImageOptions()) -> Float[Array, "N M D"]:
         """The soft tokens of images, as the decoder gets them; see `generate`. Raises ValueError without a tower."""
-        size = vision.tower_of(self.config).image_size
-        return see(self.model, jnp.asarray(media.stack(media.sources(images), size, options)))
+        size, black = places.tower_of(self.config).image_size, places.black(self.config)
+        return see(self.model, jnp.asarray(media.stack(media.sources(images), size, options, black)))
+
+    def hear(self, audio: Any, options: AudioOptions = AudioOptions()) -> Float[Array, "N M D"]:
+        """The soft tokens of sounds, or of all their clips, as the decoder gets them. Raises as `see`."""
+        places.ears_of(self.config)
+        return hear_all(self.model, [c for source in hearing.sources(audio) for c in hearing.clips(source, options)])
 
     def score(self, prompt: Text) -> Score:
         """Log-probability of each token of a text (or list of ids) given those before, mean nll and perplexity."""
@@ -290,7 +329,7 @@ class Gemma:
         if image_options.pan_and_scan:
             raise ValueError("ShieldGemma sees the whole image only; leave pan_and_scan out")
         texts = shieldgemma.chosen(policies)
-        pixels = media.prepare(image, vision.tower_of(self.config).image_size, image_options)
+        pixels = media.prepare(image, places.tower_of(self.config).image_size, image_options)
         return violations(self.model, tokenizer, pixels, self.see(pixels), texts, image_options)
 
     def save(
@@ -318,9 +357,8 @@ class Gemma:
             raise ValueError(
                 "the per-layer embeddings are mapped from a checkpoint; convert that, or load with ple='device'"
             )
-        config = self.config.runnable
-        assembly = Assembly(export.table(format, config))
-        with export.writer(destination, config, assembly.table, precision, self.tokenizer) as writer:
+        assembly = Assembly(export.table(format, self.config))
+        with export.writer(destination, self.config, assembly.table, precision, self.tokenizer) as writer:
             for path, place in weights(standing(self.model)).items():
                 value = place.param.get_raw_value()
                 if format != "orbax" and not value.is_fully_addressable:
@@ -338,38 +376,15 @@ class Gemma:
             return self.tokenizer.stop_ids
         return tuple(i for i in STOP_IDS if i < self.config.vocab_size)
 
-    def batch(self, tokens: Any, images: Any = None, mask: Any = None) -> tuple[jax.Array, Places, Inserted | None]:
-        """What a decoder takes for checked tokens, images and mask; see `logits`."""
-        array = np.asarray(tokens)
-        if array.ndim != 2 or not array.size:
-            raise ValueError(f"tokens has shape {array.shape}; wanted [B, T] with at least one token")
-        sources = media.sources(images)
-        index = np.asarray(vision.soft_indices(array, len(sources), self.config))
-        ids = np.where(index >= 0, 0, array)
-        check_ids(ids, self.config.vocab_size, "tokens")  # pyright: ignore
-        if mask is None:
-            where = Places.plain(*array.shape)
-        elif np.shape(mask) != array.shape:
-            raise ValueError(f"mask has shape {np.shape(mask)}, but tokens has {array.shape}; wanted the same")
-        else:
-            where = Places.of(jnp.asarray(mask, bool))
-        if not sources:
-            return jnp.asarray(ids, jnp.int32), where, None
-        vectors = self.see(sources)
-        blocks = jnp.asarray(np.where(index >= 0, index // vectors.shape[1] + 1, 0))
-        where = dataclasses.replace(where, blocks=blocks)
-        inserted = Inserted(vectors.reshape(-1, vectors.shape[-1]), jnp.asarray(index))
-        return jnp.asarray(ids, jnp.int32), where, inserted
+    def batch(
+        self, tokens: Any, images: Any = None, audio: Any = None, mask: Any = None
+    ) -> tuple[jax.Array, Places, Inserted | None]:
+        """What a decoder takes for checked tokens, images, sound and mask; see `logits`."""
+        return forward.batch(self, tokens, images, audio, mask)
 
     def ids(self, prompt: Text) -> list[int]:
         """The token ids of a prompt. Raises ValueError for an empty text, and for a text without a tokenizer."""
-        return prompting.assemble_all([prompt], None, self.tokenizer, self.config, ImageOptions())[0].ids
-
-    def _stream(
-        self, prompts: Sequence[Prompt], seed: Any, sampling: Mapping[str, Any], edits: Sequence[Edit]
-    ) -> Iterator[Piece]:
-        session = open_session(self, prompts, seed, sampling, edits)
-        return (piece for (piece,) in pieces(session, answers(session, self.tokenizer, self.stop_ids)))
+        return prompting.assemble_all([prompt], None, self.tokenizer, self.config, MediaOptions())[0].ids
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:

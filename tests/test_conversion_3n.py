@@ -286,6 +286,16 @@ def test_gguf_files_hold_keys_that_nothing_reads_as_zeros(text_folder, tmp_path)
                 assert is_zero == (spec.kv_source is not None)
 
 
+def test_small_matrices_stay_plain_in_quantised_files():
+    """AltUp's coefficients have rows of 4 or 16; every tensor of the release can be written."""
+    config = configs.get("gemma-3n-e2b").replace_all(NO_TOWERS)
+    for quantize in ("q8_0", "q4_0"):
+        precision = export.Precision("bfloat16", quantize)
+        kinds = {e.source: export._encoding("gguf", e, precision).name for e in export.table("gguf", config).entries}
+        assert kinds["blk.0.altup_predict_coef.weight"] == "BF16"
+        assert kinds["blk.0.ffn_down.weight"] == quantize.upper()
+
+
 def test_a_stem_without_bias_has_a_bias_of_zeros(folder, tmp_path):
     """The first files of the release have none."""
     name = "model.vision_tower.timm_model.conv_stem.conv.bias"

@@ -161,6 +161,16 @@ def test_impossible_slices_are_refused_by_name(gemma, slicing, words):
         matformer.slice(gemma, slicing)
 
 
+@pytest.mark.parametrize("given", [{"skip": 1}, {"ffw": 8.5}, {"ffw": "wide"}, {"ffw": [8.5]}])
+def test_what_is_no_slice_is_refused(gemma, given):
+    with pytest.raises(ConfigError, match="no slice: skip is"):
+        matformer.slice(gemma, **given)
+    with pytest.raises(TypeError, match="a int was given; wanted a Gemma, and a Slicing"):
+        matformer.slice(gemma, 32)
+    with pytest.raises(TypeError, match="a Decoder was given"):
+        matformer.slice(gemma.model, ffw=8)
+
+
 def test_producers_may_go_with_all_their_readers(gemma):
     config = Slicing(skip=(3, 7)).apply(gemma.config)
     assert [spec.kv_source for spec in config.layers] == [None, None, None, None, 3, 3]
@@ -173,7 +183,7 @@ def test_the_official_slice_of_e4b_is_e2b():
 
 
 def count(config):
-    model = nnx.eval_shape(lambda: Decoder(config.runnable, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(config.decoder, rngs=nnx.Rngs(0)))
     return {path: int(np.prod(p.get_raw_value().shape)) for path, p in parameters(model).items()}
 
 
@@ -289,8 +299,11 @@ def test_slices_of_one_copy_are_the_slices(gemma, tmp_path):
     np.testing.assert_allclose(small.logits(TOKENS), own.logits(TOKENS), atol=1e-5)
     wishes = {"max_new_tokens": 9, "ignore_eos": True}
     assert small.generate([2, 5, 9], **wishes).tokens == own.generate([2, 5, 9], **wishes).tokens
-    again = matformer.slice(small, ffw=1)
-    assert [spec.ffw_width for spec in again.config.layers] == [1] * 6
+    again = matformer.slice(small, ffw=np.full(5, 1), skip=np.array([1]), copy=False)
+    assert {id(leaf) for leaf in jax.tree.leaves(again.model)} == theirs
+    twice = matformer.slice(matformer.slice(gemma, slicing), ffw=1, skip=(1,))
+    assert again.config.layers == twice.config.layers
+    np.testing.assert_allclose(again.logits(TOKENS), twice.logits(TOKENS), atol=1e-5)
     small.save(tmp_path / "small")
     saved = parameters(gj.load(tmp_path / "small", progress=False).model)
     assert sum(p[...].size for p in saved.values()) == sum(p[...].size for p in parameters(own.model).values())
@@ -313,7 +326,7 @@ def test_slices_of_one_copy_draft_score_and_are_looked_into(gemma):
 @tpu.needs_libtpu
 def test_on_tpu_slices_read_the_one_copy_in_place():
     """Seven layers in E4B's shape for a v5e: 578 MB would be copied, and temporaries stay below 16 MB."""
-    where, e4b = tpu.sharding(), configs.get("gemma-3n-e4b").runnable
+    where, e4b = tpu.sharding(), configs.get("gemma-3n-e4b").decoder
     pieces = dataclasses.replace(e4b.per_layer_embedding, num_rows=2048)
     config = dataclasses.replace(e4b, vocab_size=2048, layers=e4b.layers[8:15], per_layer_embedding=pieces)
     whole = tpu.abstract_model(config, where)

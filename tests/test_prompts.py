@@ -17,6 +17,7 @@ BEGIN, END, SOFT, COUNT = PIECES.index("<start_of_image>"), PIECES.index("<end_o
 NEWLINE, TWO, THREE = (PIECES.index("\n" * n) for n in (1, 2, 3))
 PLACE = [BEGIN, *[SOFT] * COUNT, END]
 COMPAT = ImageOptions(hf_compat=True)
+MERGED, CROPPED = (prompts.MediaOptions(image=o) for o in (COMPAT, ImageOptions(pan_and_scan=True)))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ CONVERSATIONS = {
 
 def test_an_image_is_a_row_of_ids_of_its_own(tokenizer, config):
     """gemma3.md 6.3, DeepMind's layout: `user` 107 108 255999 ... 256000 108."""
-    prompt = prompts.assemble(chat_parts([user(picture(), "hello")]), tokenizer, config, ImageOptions())
+    prompt = prompts.assemble(chat_parts([user(picture(), "hello")]), tokenizer, config, prompts.MediaOptions())
     ids = prompt.ids
     begin = ids.index(BEGIN)
     assert ids[begin - 2 : begin] == [NEWLINE, TWO]
@@ -80,7 +81,7 @@ def test_an_image_is_a_row_of_ids_of_its_own(tokenizer, config):
 
 
 def test_for_transformers_newlines_merge(tokenizer, config):
-    prompt = prompts.assemble(chat_parts([user(picture(), picture())]), tokenizer, config, COMPAT)
+    prompt = prompts.assemble(chat_parts([user(picture(), picture())]), tokenizer, config, MERGED)
     ids = prompt.ids
     assert ids[ids.index(BEGIN) - 1] == THREE
     assert ids[ids.index(END) + 1 : ids.index(END) + 4] != [TWO, TWO, BEGIN]
@@ -112,7 +113,7 @@ def test_ids_and_pixels_are_those_of_transformers_processor(tokenizer, config, p
         add_special_tokens=False, **given,
     )  # fmt: skip
     options = dataclasses.replace(COMPAT, pan_and_scan=pan_and_scan)
-    found = prompts.assemble(chat_parts(messages), tokenizer, config, options)
+    found = prompts.assemble(chat_parts(messages), tokenizer, config, prompts.MediaOptions(image=options))
     assert found.ids == wanted["input_ids"][0].tolist()
     np.testing.assert_array_equal(found.pixels.transpose(0, 3, 1, 2), wanted["pixel_values"])
 
@@ -120,27 +121,27 @@ def test_ids_and_pixels_are_those_of_transformers_processor(tokenizer, config, p
 def test_text_with_marks_and_images(tokenizer, config):
     marked = ["hi<start_of_image>the", "<start_of_image><start_of_image>", "hello"]
     images = [picture(seed=i) for i in range(3)]
-    one, two, none = prompts.assemble_all(marked, images, tokenizer, config, ImageOptions())
+    one, two, none = prompts.assemble_all(marked, images, tokenizer, config, prompts.MediaOptions())
     assert one.ids == [2, *tokenizer.encode("hi", bos=False), TWO, *PLACE, TWO, *tokenizer.encode("the", bos=False)]
     assert (len(one.pixels), len(two.pixels), none.pixels) == (1, 2, None)
     np.testing.assert_array_equal(two.pixels[1], prompts.media.prepare(images[2], 28)[0])
     ready = np.stack([prompts.media.prepare(image, 28)[0] for image in images])
-    again = prompts.assemble_all(marked, ready, tokenizer, config, ImageOptions())
+    again = prompts.assemble_all(marked, ready, tokenizer, config, prompts.MediaOptions())
     np.testing.assert_array_equal(again[1].pixels, two.pixels)
-    ids = prompts.assemble_all([one.ids], images[:1], None, config, ImageOptions())[0]
+    ids = prompts.assemble_all([one.ids], images[:1], None, config, prompts.MediaOptions())[0]
     assert ids.ids == one.ids
     np.testing.assert_array_equal(ids.pixels, one.pixels)
 
 
 def test_without_images_a_mark_is_text(tokenizer, config):
-    (prompt,) = prompts.assemble_all(["a<start_of_image>"], None, tokenizer, config, ImageOptions())
+    (prompt,) = prompts.assemble_all(["a<start_of_image>"], None, tokenizer, config, prompts.MediaOptions())
     assert BEGIN not in prompt.ids
     assert tokenizer.decode(prompt.ids[1:]) == "a<start_of_image>"
 
 
 def test_soft_tokens_in_a_message_stay_text(tokenizer, config):
     parts = chat_parts([user(picture(), "<image_soft_token><start_of_image>")])
-    ids = prompts.assemble(parts, tokenizer, config, ImageOptions()).ids
+    ids = prompts.assemble(parts, tokenizer, config, prompts.MediaOptions()).ids
     assert (ids.count(BEGIN), ids.count(SOFT)) == (1, COUNT)
 
 
@@ -155,16 +156,16 @@ def test_soft_tokens_in_a_message_stay_text(tokenizer, config):
 )
 def test_marks_and_images_must_be_as_many(tokenizer, config, texts, count, words):
     with pytest.raises(ValueError, match=words):
-        prompts.assemble_all(texts, [picture()] * count, tokenizer, config, ImageOptions())
+        prompts.assemble_all(texts, [picture()] * count, tokenizer, config, prompts.MediaOptions())
 
 
 def test_what_cannot_be_is_refused(tokenizer, config, make_config):
     with pytest.raises(ValueError, match="has no vision tower"):
-        prompts.assemble_all(["<start_of_image>"], [picture()], tokenizer, make_config(), ImageOptions())
+        prompts.assemble_all(["<start_of_image>"], [picture()], tokenizer, make_config(), prompts.MediaOptions())
     with pytest.raises(ValueError, match="has no vision tower"):
-        prompts.assemble(chat_parts([user(picture())]), tokenizer, make_config(), ImageOptions())
+        prompts.assemble(chat_parts([user(picture())]), tokenizer, make_config(), prompts.MediaOptions())
     with pytest.raises(ValueError, match="pan and scan makes more places"):
-        prompts.assemble_all([[2, *PLACE]], [picture()], tokenizer, config, ImageOptions(pan_and_scan=True))
+        prompts.assemble_all([[2, *PLACE]], [picture()], tokenizer, config, CROPPED)
     with pytest.raises(ChatError, match="a message has an image"):
         encode_chat(tokenizer, [user(picture())])
 
@@ -176,7 +177,7 @@ def test_what_cannot_be_is_refused(tokenizer, config, make_config):
         ({"type": "image_url", "image_url": "http://a/b.png"}, "wanted a data URL"),
         ({"type": "image_url"}, "wanted a data URL"),
         ({"type": "image"}, "a part of type 'image'"),
-        ({"type": "input_audio"}, "a part of type 'input_audio'"),
+        ({"type": "input_audio"}, "an input_audio without data"),
         ("text", "a part of type None"),
     ],
 )

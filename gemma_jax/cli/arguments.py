@@ -77,11 +77,29 @@ def add_images(parser: argparse.ArgumentParser, where: str) -> None:
     parser.add_argument("--pan-and-scan", action="store_true", help="show crops of long images too")
 
 
+def add_sound(parser: argparse.ArgumentParser, where: str) -> None:
+    """Options of verbs that let the model hear."""
+    parser.add_argument("--audio", action="append", default=[], metavar="FILE", help=f"{where}; may be repeated")
+    parser.add_argument(
+        "--long",
+        default="cut",
+        choices=("cut", "error", "chunk"),
+        help="of sound beyond 30 s: cut it, or hear it in clips",
+    )
+
+
 def image_options(options: argparse.Namespace) -> Any:
     """How images are prepared."""
     from gemma_jax.media.images import ImageOptions
 
     return ImageOptions(pan_and_scan=options.pan_and_scan)
+
+
+def audio_options(options: argparse.Namespace) -> Any:
+    """How sound is prepared."""
+    from gemma_jax.media.audio import AudioOptions
+
+    return AudioOptions(long=options.long)
 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:

@@ -16,6 +16,8 @@ def add_parser(verbs: Any) -> None:
     arguments.add_model(parser)
     arguments.add_sampling(parser)
     arguments.add_images(parser, "an image in front of the first message")
+    arguments.add_sound(parser, "a sound in front of the first message")
+    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="likewise; may be repeated")
     parser.add_argument("--system", metavar="TEXT", help="instructions put in front of the first message")
 
 
@@ -23,6 +25,7 @@ def run(options: argparse.Namespace) -> None:
     """Reads a line, streams the answer, keeps both; with --json one object a line for each answer."""
     gemma = arguments.load(options)
     sampling = {**arguments.sampling(options), "image_options": arguments.image_options(options)}
+    sampling["audio_options"] = arguments.audio_options(options)
     is_terminal = sys.stdin.isatty()
     beginning = [{"role": "system", "content": options.system}] if options.system else []
     messages: list[dict[str, Any]] = list(beginning)
@@ -32,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
         if line == "/reset":
             messages = list(beginning)
         elif line:
-            turn = [*messages, {"role": "user", "content": _content(line, options.image, messages == beginning)}]
+            turn = [*messages, {"role": "user", "content": _content(line, options, messages == beginning)}]
             try:
                 messages = [*turn, {"role": "assistant", "content": _answer(gemma, turn, sampling, options.json)}]
             except ValueError as error:  # the history has outgrown the context: the conversation is not lost
@@ -41,10 +44,9 @@ def run(options: argparse.Namespace) -> None:
                 print(f"{error}. {HELP}", file=sys.stderr)
 
 
-def _content(line: str, images: list[str], is_first: bool) -> str | list[dict[str, str]]:
-    if not images or not is_first:
-        return line
-    return [*({"type": "image", "image": image} for image in images), {"type": "text", "text": line}]
+def _content(line: str, options: argparse.Namespace, is_first: bool) -> str | list[dict[str, str]]:
+    shown = [{"type": kind, kind: file} for kind in ("image", "audio", "video") for file in getattr(options, kind)]
+    return [*shown, {"type": "text", "text": line}] if shown and is_first else line
 
 
 def _line(is_terminal: bool) -> str | None:

@@ -18,6 +18,7 @@ def add_parser(verbs: Any) -> None:
     arguments.add_sampling(parser)
     arguments.add_draft(parser)
     arguments.add_images(parser, "an image for each <start_of_image> in the prompts, in order")
+    arguments.add_sound(parser, "a sound for each <start_of_audio> in the prompts, in order")
     parser.add_argument("--logprobs", type=int, metavar="N", help="report log-probabilities (with --json)")
     parser.add_argument("--ignore-eos", action="store_true", help="do not end at a stop token")
 
@@ -30,6 +31,7 @@ def run(options: argparse.Namespace) -> None:
     gemma = arguments.load(options)
     sampling = {**arguments.sampling(options), "ignore_eos": options.ignore_eos}
     sampling |= {"images": options.image or None, "image_options": arguments.image_options(options)}
+    sampling |= {"audio": options.audio or None, "audio_options": arguments.audio_options(options)}
     sampling |= arguments.draft(options)
     start = time.perf_counter()
     if len(prompts) == 1 and not options.json:

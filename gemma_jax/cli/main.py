@@ -10,10 +10,10 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from gemma_jax.cli import chat, classify, convert, embed, generate, inspect, score, slice, verify
+from gemma_jax.cli import chat, classify, convert, embed, generate, inspect, score, slice, transcribe, verify
 
 INTERRUPTED = 130
-VERBS = (generate, chat, score, embed, classify, inspect, convert, slice, verify)
+VERBS = (generate, chat, transcribe, score, embed, classify, inspect, convert, slice, verify)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -136,10 +136,10 @@ class DecoderConfig:
         return self.replace_all([("vision", None), ("audio", None), ("dense_widths", ())])
 
     @property
-    def runnable(self) -> "DecoderConfig":
-        """The same without what is only converted and not run yet: Gemma 3n's towers."""
-        config = self.replace("audio", None)
-        return config if isinstance(config.vision, VisionConfig) else config.replace("vision", None)
+    def num_ids(self) -> int:
+        """How many ids a prompt may have: the vocabulary's, and those of 3n's hard tokens."""
+        towers = [t for t in (self.vision, self.audio) if isinstance(t, MobileNetConfig | AudioConfig)]
+        return max(self.vocab_size, *(t.first_token + t.num_hard_tokens for t in towers), 0)
 
     @property
     def generation(self) -> int:

@@ -62,9 +62,11 @@ _AUDIO = {  # ours: theirs
     "residual_weight": "conf_residual_weight",
     "group_norm_epsilon": "sscp_conv_group_norm_eps",
     "num_hard_tokens": "vocab_size",
+    "first_token": "vocab_offset",
 }
-_TOKENS = {"boi_token_id": 255_999, "eoi_token_id": 262_144, "image_token_id": 262_145}
-_TOKENS |= {"boa_token_id": 256_000, "eoa_token_id": 262_272, "audio_token_id": 262_273}
+# ours: theirs, at the top of the file
+_IMAGE_TOKENS = {"begin_token": "boi_token_id", "end_token": "eoi_token_id", "soft_token": "image_token_id"}
+_AUDIO_TOKENS = {"begin_token": "boa_token_id", "end_token": "eoa_token_id", "soft_token": "audio_token_id"}
 ARCHITECTURE = "mobilenetv5_300m_enc"
 
 
@@ -149,9 +151,12 @@ def towers(data: Mapping[str, Any], vision: Mapping[str, Any], audio: Mapping[st
             width=vision.get("hidden_size", MOBILENET_V5_300M.width),
             num_soft_tokens=data.get("vision_soft_tokens_per_image", MOBILENET_V5_300M.num_soft_tokens),
             num_hard_tokens=vision.get("vocab_size", MOBILENET_V5_300M.num_hard_tokens),
+            first_token=vision.get("vocab_offset", MOBILENET_V5_300M.first_token),
+            **{ours: data[theirs] for ours, theirs in _IMAGE_TOKENS.items() if theirs in data},
         )
     if audio:
         values = {ours: audio[theirs] for ours, theirs in _AUDIO.items() if theirs in audio}
+        values |= {ours: data[theirs] for ours, theirs in _AUDIO_TOKENS.items() if theirs in data}
         if not isinstance(values.setdefault("channels", [128, 32]), list):
             raise ConfigError(f"sscp_conv_channel_size is {values['channels']!r}; wanted two numbers")
         values["channels"] = tuple(values["channels"])
@@ -213,8 +218,9 @@ def to_multimodal(text: Mapping[str, Any], config: DecoderConfig) -> dict[str, A
         "model_type": "gemma3n",
         "text_config": {key: value for key, value in text.items() if key != "architectures"},
         **{key: text[key] for key in ("eos_token_id", "initializer_range", "torch_dtype", "tie_word_embeddings")},
-        **_TOKENS,
     }
+    for names, part in ((_IMAGE_TOKENS, config.vision or MOBILENET_V5_300M), (_AUDIO_TOKENS, config.audio)):
+        data |= {theirs: getattr(part or AudioConfig(), ours) for ours, theirs in names.items()}
     vision, audio = config.vision, config.audio
     if isinstance(vision, MobileNetConfig):
         data["vision_soft_tokens_per_image"] = vision.num_soft_tokens
@@ -224,13 +230,12 @@ def to_multimodal(text: Mapping[str, Any], config: DecoderConfig) -> dict[str, A
             "hidden_size": vision.width,
             "model_type": "gemma3n_vision",
             "rms_norm_eps": 1e-6,
-            "vocab_offset": config.vocab_size,
+            "vocab_offset": vision.first_token,
             "vocab_size": vision.num_hard_tokens,
         }
     if audio is not None:
-        offset = config.vocab_size + (vision.num_hard_tokens if isinstance(vision, MobileNetConfig) else 0)
         values = {theirs: getattr(audio, ours) for ours, theirs in _AUDIO.items()}
-        values |= {"model_type": "gemma3n_audio", "vocab_offset": offset, "conf_attention_context_right": 0}
+        values |= {"model_type": "gemma3n_audio", "conf_attention_context_right": 0}
         data["audio_config"] = {**values, "rms_norm_eps": 1e-6, "sscp_conv_channel_size": list(audio.channels)}
         data["audio_soft_tokens_per_image"] = audio.num_soft_tokens
     return data

@@ -7,11 +7,14 @@ import ast
 import csv
 import dataclasses
 import io
+import operator
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gemma_jax.configs.config import MAX_LAYERS, MAX_POSITION, ConfigError, DecoderConfig
 
@@ -36,8 +39,21 @@ class Slicing:
 
     @staticmethod
     def of(skip: Iterable[int] = (), ffw: int | Iterable[int] | None = None) -> "Slicing":
-        """From any sequences."""
-        return Slicing(tuple(skip), ffw if ffw is None or isinstance(ffw, int) else tuple(ffw))
+        """From any sequences, of numpy's numbers too. Raises ConfigError for anything else."""
+        try:
+            widths = ffw if ffw is None or np.ndim(ffw) else operator.index(ffw)  # pyright: ignore
+            many = tuple(map(operator.index, widths)) if isinstance(widths, Iterable) else widths
+            return Slicing(tuple(map(operator.index, skip)), many)
+        except TypeError:
+            raise ConfigError(
+                f"no slice: skip is {skip!r}, ffw {ffw!r}; wanted layers, and a width or widths"
+            ) from None
+
+    def then(self, other: "Slicing", config: DecoderConfig) -> "Slicing":
+        """The slice of `config` that is `other` of this slice of it. Raises ConfigError as `apply`."""
+        small, kept = self.apply(config), self.kept(config)
+        other.apply(small)
+        return Slicing((*self.skip, *(kept[i] for i in other.skip)), other.widths(small))
 
     def kept(self, config: DecoderConfig) -> tuple[int, ...]:
         """The layers of the whole model that are kept."""

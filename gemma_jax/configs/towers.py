@@ -32,7 +32,11 @@ class MobileNetConfig:
     fusion_expansion: int = 2  # of the two last stages' channels together
     image_size: int = 768
     num_soft_tokens: int = 256
-    num_hard_tokens: int = 128  # rows of the embedder's own table
+    num_hard_tokens: int = 128  # rows of the embedder's own table, whose ids begin with the first token
+    first_token: int = 262_144
+    begin_token: int = 255_999
+    end_token: int = 262_144
+    soft_token: int = 262_145  # stands where an image's vectors go
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,16 @@ class AudioConfig:
     residual_weight: float = 0.5  # of the ffw layers
     group_norm_epsilon: float = 1e-3
     num_soft_tokens: int = 188  # a clip takes
-    num_hard_tokens: int = 128  # rows of the embedder's own table
+    num_hard_tokens: int = 128  # rows of the embedder's own table, whose ids begin with the first token
+    first_token: int = 262_272
+    begin_token: int = 256_000
+    end_token: int = 262_272
+    soft_token: int = 262_273  # stands where a clip's vectors go
+
+    @property
+    def padding_token(self) -> int:
+        """The last hard token: it fills a clip's places up."""
+        return self.first_token + self.num_hard_tokens - 1
 
     @property
     def bins_left(self) -> int:

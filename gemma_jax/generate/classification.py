@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float
 
 from gemma_jax import prompts
-from gemma_jax.generate.engine import Images, next_logits
-from gemma_jax.media import vision
+from gemma_jax.generate.engine import Soft, next_logits
+from gemma_jax.media import places
 from gemma_jax.media.images import ImageOptions
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.text import shieldgemma
@@ -27,13 +27,15 @@ def violations(
     """The probability of "Yes" against "No" for each policy; `seen` are the image's soft tokens."""
     config = model.config
     ids = [
-        prompts.assemble(shieldgemma.prompt(pixels[0], text), tokenizer, config, options).ids
+        prompts.assemble(
+            shieldgemma.prompt(pixels[0], text), tokenizer, config, prompts.MediaOptions(image=options)
+        ).ids
         for text in policies.values()
     ]
-    index = vision.soft_indices(ids, len(ids), config)
+    index = places.soft_indices(ids, config, len(ids))
     ids = [np.where(part >= 0, 0, row).tolist() for part, row in zip(index, ids, strict=True)]
-    images = Images(jnp.broadcast_to(seen, (len(ids), *seen.shape[1:])), index)
+    soft = Soft(jnp.tile(seen[0], (len(ids), 1)), index, seen.shape[1])
     answers = [tokenizer.id_of(shieldgemma.YES), tokenizer.id_of(shieldgemma.NO)]
-    logits = next_logits(model, ids, answers, images).astype(np.float64)
+    logits = next_logits(model, ids, answers, soft).astype(np.float64)
     violated = 1 / (1 + np.exp(logits[:, 1] - logits[:, 0]))
     return dict(zip(policies, violated.tolist(), strict=True))

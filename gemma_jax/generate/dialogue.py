@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gemma_jax.generate.completion import Completion
-from gemma_jax.text.parts import Part, Picture
+from gemma_jax.text.parts import Item
 from gemma_jax.text.tokenizer import Tokenizer
 from gemma_jax.tools import calls as running
 from gemma_jax.tools.calls import ToolCall, ToolCallError
@@ -19,13 +19,13 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 def converse(
-    answer: Callable[[Sequence[Part | Picture]], Completion],
+    answer: Callable[[Sequence[Item]], Completion],
     messages: Messages,
     tools: Mapping[str, Tool],
     form: Form,
     tokenizer: Tokenizer,
     max_rounds: int,
-    fits: Callable[[Sequence[Part | Picture]], bool],
+    fits: Callable[[Sequence[Item]], bool],
 ) -> Completion:
     """The last answer to `messages`, after at most `max_rounds` rounds of calls.
 

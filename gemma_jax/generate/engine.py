@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gemma_jax.configs.config import VisionConfig
 from gemma_jax.generate import sampling
 from gemma_jax.generate.sampling import Plan, Sampler, SamplingParams
 from gemma_jax.nn.cache import Cache, capacity_bucket, empty_cache
@@ -75,8 +76,7 @@ def prefill_chunk(
     column = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     positions = jnp.where(column < counts[:, None], cache.lengths[:, None] + column, -1)
     where = Places(positions)
-    if inserted is not None:
-        assert model.config.vision is not None
+    if inserted is not None and isinstance(model.config.vision, VisionConfig):
         where = Places(positions, blocks=inserted.blocks(model.config.vision.num_soft_tokens))
     newest = jnp.maximum(counts - 1, 0)
     x, cache_after = model.hidden(tokens, where, cache, inserted=inserted, is_cache_empty=is_first, last=newest)
@@ -187,16 +187,17 @@ def chunk_sizes(length: int, chunk: int = PREFILL_CHUNK) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Images:
-    """What stands for images in a batch of prompts."""
+class Soft:
+    """What stands for images and sound in a batch of prompts."""
 
-    vectors: Float[Array, "N M D"]  # soft tokens of all images
+    vectors: Float[Array, "S D"]  # all soft tokens
     index: Sequence[Int[np.ndarray, " T"]]  # of each prompt: which soft token stands at each place, -1 for a token
+    block: int | None = None  # so many in a row see each other (the tokens of a Gemma 3 image); None: all are causal
 
     def whole(self, row: int, start: int, count: int) -> int:
-        """As many of `count` tokens from `start` on as end with no image cut in two: its tokens see each other."""
-        index, stop, size = self.index[row], start + count, self.vectors.shape[1]
-        if stop >= len(index) or index[stop] < 0 or index[stop] % size == 0:
+        """As many of `count` tokens from `start` on as end with no block cut in two: its tokens see each other."""
+        index, stop, size = self.index[row], start + count, self.block
+        if size is None or stop >= len(index) or index[stop] < 0 or index[stop] % size == 0:
             return count
         return count - int(index[stop] % size)
 
@@ -206,7 +207,7 @@ class Images:
         for row, start in enumerate(starts):
             part = self.index[row][start : start + size]
             index[row, : len(part)] = part
-        return Inserted(self.vectors.reshape(-1, self.vectors.shape[-1]), jnp.asarray(index))
+        return Inserted(self.vectors, jnp.asarray(index))
 
 
 def prefill(
@@ -214,28 +215,28 @@ def prefill(
     prompts: Sequence[Sequence[int]],
     capacity: int,
     chunk: int = PREFILL_CHUNK,
-    images: Images | None = None,
+    soft: Soft | None = None,
     slack: int = 0,
 ) -> tuple[Cache, Float[Array, "B D"]]:
     """The cache of `capacity` slots that has seen the prompts, and the last hidden vector of each.
 
-    A chunk never ends within an image: a row whose image would be cut takes fewer tokens, and a chunk holds an image.
+    A chunk never ends within a block: a row whose block would be cut takes fewer tokens, and a chunk holds a block.
     `slack`: see `slot_counts`.
     """
     starts = [0] * len(prompts)
-    smallest = 1 if images is None else 2 ** math.ceil(math.log2(images.vectors.shape[1]))
+    smallest = 1 if soft is None or soft.block is None else 2 ** math.ceil(math.log2(soft.block))
     dtype = model.final_norm.scale.dtype
     cache = empty_cache(model.config, len(prompts), capacity, dtype, slack)
     last = jnp.zeros((len(prompts), model.config.width), dtype)
     while longest := max(len(prompt) - start for prompt, start in zip(prompts, starts, strict=True)):
         size = max(chunk_sizes(longest, chunk)[0], smallest)
         counts = [min(len(prompt) - start, size) for prompt, start in zip(prompts, starts, strict=True)]
-        if images is not None:
-            counts = [images.whole(row, *part) for row, part in enumerate(zip(starts, counts, strict=True))]
+        if soft is not None:
+            counts = [soft.whole(row, *part) for row, part in enumerate(zip(starts, counts, strict=True))]
         tokens = np.zeros((len(prompts), size), np.int32)
         for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
             tokens[row, :count] = prompts[row][start : start + count]
-        inserted = None if images is None else images.inserted(starts, size)
+        inserted = None if soft is None else soft.inserted(starts, size)
         numbers = np.asarray(counts, np.int32)
         cache, last = prefill_chunk(model, tokens, numbers, cache, last, not any(starts), inserted)
         starts = [start + count for start, count in zip(starts, counts, strict=True)]
@@ -248,12 +249,12 @@ def _chosen_logits(model: Decoder, last: Float[Array, "B D"], ids: Int[Array, " 
 
 
 def next_logits(
-    model: Decoder, prompts: Sequence[Sequence[int]], ids: Sequence[int], images: Images | None = None
+    model: Decoder, prompts: Sequence[Sequence[int]], ids: Sequence[int], soft: Soft | None = None
 ) -> Float[np.ndarray, "B n"]:
     """Logits of some ids for the token after each prompt, float32. Raises ValueError as `Session` does."""
     check_prompts(model, prompts)
     capacity = capacity_bucket(max(map(len, prompts)))
-    _, last = prefill(model, prompts, capacity, images=images)
+    _, last = prefill(model, prompts, capacity, soft=soft)
     return np.asarray(_chosen_logits(model, last, jnp.asarray(ids)))
 
 
@@ -283,7 +284,7 @@ class Session:
         *,
         prefill_chunk: int = PREFILL_CHUNK,
         capacity: int | None = None,
-        images: Images | None = None,
+        soft: Soft | None = None,
     ):
         check_prompts(model, prompts)
         if not model.config.attention.is_causal:
@@ -300,7 +301,7 @@ class Session:
         if capacity is not None and capacity < needed + self.slack:
             raise ValueError(f"capacity is {capacity}; prompt and answer need {needed + self.slack} slots")
         self.model, self.prompts, self.params, self.chunk = model, prompts, params, prefill_chunk
-        self.images = images
+        self.soft = soft
         self.plan = sampling.plan(params)
         self.rows = sampling.sampler(params, model.config.vocab_size)
         self.limits = Limits(jnp.asarray(steps, jnp.int32), _stop_table(params, stop_ids))
@@ -312,7 +313,7 @@ class Session:
         self._ended[row] = True
 
     def __iter__(self) -> Iterator[list[Step]]:
-        cache, last = prefill(self.model, self.prompts, self.capacity, self.chunk, self.images, self.slack)
+        cache, last = prefill(self.model, self.prompts, self.capacity, self.chunk, self.soft, self.slack)
         seen = self._seen() if self.plan.penalises else None
         state, drawn = first_token(self.model, last, cache, seen, self.rows, self.limits, self.plan)
         yield _steps(drawn)
@@ -331,7 +332,7 @@ class Session:
     def _seen(self) -> jax.Array:
         seen = np.zeros((len(self.prompts), self.model.config.vocab_size), bool)
         for row, prompt in enumerate(self.prompts):
-            seen[row, list(prompt)] = True
+            seen[row, [token for token in prompt if token < seen.shape[1]]] = True
         return jnp.asarray(seen)
 
 
@@ -370,15 +371,15 @@ def check_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> None:
                 f"prompt {row} has {len(prompt)} tokens; {model.config.name} reads at most {model.config.context}; "
                 "shorten it"
             )
-        check_ids(prompt, model.config.vocab_size, f"prompt {row}")
+        check_ids(prompt, model.config.num_ids, f"prompt {row}")
 
 
-def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
-    """Raises ValueError unless all ids are whole numbers from 0 to vocab_size - 1."""
+def check_ids(ids: Sequence[int], num_ids: int, what: str) -> None:
+    """Raises ValueError unless all ids are whole numbers from 0 to num_ids - 1."""
     array = np.asarray(ids)
     if array.dtype.kind not in "iu":
         raise ValueError(f"{what} holds {array.dtype} values; wanted token ids, whole numbers")
-    wrong = np.flatnonzero((array < 0) | (array >= vocab_size))
+    wrong = np.flatnonzero((array < 0) | (array >= num_ids))
     if wrong.size:
         at = int(wrong[0])
-        raise ValueError(f"{what} has id {array.flat[at]} at place {at}; wanted 0 to {vocab_size - 1}")
+        raise ValueError(f"{what} has id {array.flat[at]} at place {at}; wanted 0 to {num_ids - 1}")

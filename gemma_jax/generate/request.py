@@ -5,13 +5,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
-from gemma_jax.configs.config import DecoderConfig
-from gemma_jax.generate.engine import Images, Session
+from gemma_jax.configs.config import DecoderConfig, VisionConfig
+from gemma_jax.generate.engine import Session, Soft
 from gemma_jax.generate.sampling import SamplingParams, sampling_params
 from gemma_jax.generate.speculative import Draft, SpeculativeSession
-from gemma_jax.media import vision
+from gemma_jax.media import places
+from gemma_jax.media.mel import mel
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.edited import edited
 from gemma_jax.nn.edits import Edit
@@ -19,6 +22,7 @@ from gemma_jax.prompts import Prompt
 from gemma_jax.text.tokenizer import Tokenizer
 
 DRAFT_TOKENS = 4
+FRAMES = 500  # of 10 ms: clips are filled up to a multiple, with frames that count for nothing
 
 
 class Speaker(Protocol):
@@ -34,8 +38,25 @@ class Speaker(Protocol):
 
 @jax.jit
 def see(model: Decoder, pixels: jax.Array) -> jax.Array:
-    """The soft tokens of images; see `Stem.see`."""
+    """The soft tokens of images; see `Senses.see`."""
     return model.see(pixels)
+
+
+@jax.jit
+def _hear(model: Decoder, features: jax.Array, is_valid: jax.Array, counts: jax.Array) -> jax.Array:
+    return model.hear(features, is_valid, counts)
+
+
+def hear_all(model: Decoder, clips: Sequence[Float[np.ndarray, " samples"]]) -> Float[Array, "N M D"]:
+    """The soft tokens of clips at 16 kHz, each as alone; a few programs serve all lengths."""
+    heard = []
+    for clip in clips:
+        features, is_valid = mel([clip])
+        missing = -features.shape[1] % FRAMES or FRAMES * (features.shape[1] == 0)
+        count = np.asarray([features.shape[1]], np.int32)
+        features, is_valid = np.pad(features, ((0, 0), (0, missing), (0, 0))), np.pad(is_valid, ((0, 0), (0, missing)))
+        heard.append(_hear(model, features, is_valid, count))
+    return jnp.concatenate(heard)
 
 
 def open_session(
@@ -53,32 +74,44 @@ def open_session(
     drafting = {name: sampling.pop(name) for name in ("draft", "draft_tokens") if name in sampling}
     rows = _rows(sampling, seed, len(prompts), gemma.tokenizer)
     draft = _draft(gemma, **drafting)
-    pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
-    ids, images = [prompt.ids for prompt in prompts], None
-    if pixels:
-        shown = np.concatenate(pixels)
-        index = vision.soft_indices(ids, len(shown), gemma.config)
+    ids, soft = [prompt.ids for prompt in prompts], None
+    if any(prompt.pixels is not None or prompt.clips for prompt in prompts):
+        index = soft_places(prompts, gemma.config)
         ids = [np.where(part >= 0, 0, row).tolist() for part, row in zip(index, ids, strict=True)]
-        images = Images(see(gemma.model, shown), index)
+        soft = sensed(gemma.model, prompts, index)
         if draft is not None:
-            draft = dataclasses.replace(draft, images=Images(_seen_by(draft.model, shown, index), index))
+            draft = dataclasses.replace(draft, soft=_sensed_by(draft.model, prompts, index, gemma.config))
     model = edited(gemma.model, edits, len(ids))
     if draft is None:
-        return Session(model, ids, rows, gemma.stop_ids, images=images)
-    return SpeculativeSession(model, draft, ids, rows, gemma.stop_ids, images=images)
+        return Session(model, ids, rows, gemma.stop_ids, soft=soft)
+    return SpeculativeSession(model, draft, ids, rows, gemma.stop_ids, soft=soft)
 
 
-def _seen_by(draft: Decoder, pixels: np.ndarray, index: Sequence[np.ndarray]) -> jax.Array:
-    """The draft's own soft tokens, which have to stand where the model's do."""
-    size = vision.tower_of(draft.config).image_size
-    if pixels.shape[1] != size:
-        raise ValueError(f"the draft, {draft.config.name}, sees images of {size} pixels, the model {pixels.shape[1]}")
-    vectors = see(draft, pixels)
-    if vectors.shape[1] * len(pixels) != max(int(row.max(initial=-1)) for row in index) + 1:
-        raise ValueError(
-            f"the draft, {draft.config.name}, has {vectors.shape[1]} tokens an image, and the model others"
-        )
-    return vectors
+def soft_places(prompts: Sequence[Prompt], config: DecoderConfig) -> list[np.ndarray]:
+    """See `places.soft_indices`."""
+    num_images = sum(0 if prompt.pixels is None else len(prompt.pixels) for prompt in prompts)
+    num_clips = sum(len(prompt.clips) for prompt in prompts)
+    return places.soft_indices([prompt.ids for prompt in prompts], config, num_images, num_clips)
+
+
+def sensed(model: Decoder, prompts: Sequence[Prompt], index: Sequence[np.ndarray]) -> Soft:
+    """What a model makes of the images and sound of prompts."""
+    pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
+    clips = [clip for prompt in prompts for clip in prompt.clips]
+    parts = [see(model, np.concatenate(pixels))] if pixels else []
+    parts += [hear_all(model, clips)] if clips else []
+    vectors = jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
+    tower = model.config.vision
+    return Soft(vectors, index, tower.num_soft_tokens if isinstance(tower, VisionConfig) else None)
+
+
+def _sensed_by(draft: Decoder, prompts: Sequence[Prompt], index: Sequence[np.ndarray], whole: DecoderConfig) -> Soft:
+    """What the draft makes of them; its places have to be the model's."""
+    for name in ("vision", "audio"):
+        ours, theirs = getattr(whole, name), getattr(draft.config, name)
+        if ours is not None and theirs != ours:
+            raise ValueError(f"the draft, {draft.config.name}, has another {name} tower than the model")
+    return sensed(draft, prompts, index)
 
 
 def _rows(

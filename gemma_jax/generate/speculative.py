@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gemma_jax.generate import engine, sampling
-from gemma_jax.generate.engine import DECODE_CHUNK, Drawn, Images, Limits, Model, Session, State, Step, prefill
+from gemma_jax.generate.engine import DECODE_CHUNK, Drawn, Limits, Model, Session, Soft, State, Step, prefill
 from gemma_jax.generate.sampling import Plan, Sampler
 from gemma_jax.nn.cache import Cache
 from gemma_jax.nn.decoder import Decoder
@@ -35,11 +35,11 @@ class Draft:
 
     model: Decoder
     num_tokens: int = 4
-    images: Images | None = None  # of the prompts, as the draft sees them
+    soft: Soft | None = None  # of the prompts' images and sound, as the draft sees and hears them
 
     def __post_init__(self) -> None:
         count = self.num_tokens
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_TOKENS:
+        if isinstance(count, bool) or not isinstance(count, int | np.integer) or not 1 <= count <= MAX_TOKENS:
             raise ValueError(f"draft_tokens is {count!r}; wanted a whole number from 1 to {MAX_TOKENS}")
         if not self.model.config.attention.is_causal:
             raise ValueError(f"the draft, {self.model.config.name}, continues no text: attention.is_causal is False")
@@ -188,7 +188,7 @@ class SpeculativeSession(Session):
 
     def __iter__(self) -> Iterator[list[Step]]:
         cache, _ = prefill(
-            self.draft.model, self.prompts, self.capacity, self.chunk, self.draft.images, self.draft.num_tokens
+            self.draft.model, self.prompts, self.capacity, self.chunk, self.draft.soft, self.draft.num_tokens
         )
         self._drafting = Drafting(cache, *(jnp.zeros((len(self.prompts),), jnp.int32) for _ in range(3)))
         yield from super().__iter__()

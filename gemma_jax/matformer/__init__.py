@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 from gemma_jax.configs.slicing import E2B, Slicing, read_slicings
 from gemma_jax.model import Gemma
-from gemma_jax.nn.sliced import SharedSlice, cut, standing
+from gemma_jax.nn.sliced import SharedSlice, composed, cut
 
 __all__ = ["E2B", "Slicing", "read_slicings", "slice"]
 
@@ -43,13 +43,12 @@ def slice(
 
     Raises: ConfigError for a slice that the model has not; see `Slicing.apply`.
     """
-    if slicing is not None and (ffw is not None or tuple(skip)):
+    wanted = Slicing.of(skip, ffw)
+    if slicing is not None and wanted != Slicing():
         raise ValueError("give a slicing, or ffw and skip, not both")
-    whole, slicing = standing(gemma.model), slicing or Slicing.of(skip, ffw)
-    if copy and whole.embedder.fetch is not None:
-        raise ValueError(
-            "the per-layer embeddings are mapped from a checkpoint; load the slice itself with slicing=, or give "
-            "copy=False"
-        )
+    if not isinstance(gemma, Gemma) or not isinstance(slicing, Slicing | None):
+        given = gemma if not isinstance(gemma, Gemma) else slicing
+        raise TypeError(f"a {type(given).__name__} was given; wanted a Gemma, and a Slicing or ffw= and skip=")
+    whole, slicing = composed(gemma.model, slicing or wanted)
     small = cut(whole, slicing) if copy else SharedSlice(whole, slicing)
     return Gemma(small.config, small, gemma.tokenizer)

@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float
 
 from gemma_jax.configs.config import ConfigError, DecoderConfig
 from gemma_jax.configs.slicing import Slicing
+from gemma_jax.nn import host
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.sliced import cut, standing
@@ -95,10 +96,15 @@ def nested_loss(model: Decoder, batch: Batch, mixture: Mixture) -> tuple[Float[A
 def start(model: Decoder, optimizer: optax.GradientTransformation) -> State:
     """The state before the first step. It holds a copy of the weights: steps do not touch `model`.
 
-    Raises ValueError for a model whose per-layer embeddings are mapped from a checkpoint: these cannot be trained.
+    Raises ValueError for a model whose per-layer embeddings are mapped from a checkpoint or on the host: these cannot
+    be trained. TypeError for what is no decoder.
     """
+    if not isinstance(model, Decoder):
+        raise TypeError(f"a {type(model).__name__} cannot be trained; wanted a Decoder, such as gemma.model")
     if model.embedder.fetch is not None:
         raise ValueError("the per-layer embeddings are mapped from a checkpoint; load the model without mapping them")
+    if any(map(host.is_on_host, jax.tree.leaves(model))):
+        raise ValueError("the per-layer embeddings are on the host; to train them, load the model with ple='device'")
     params: Any = jax.tree.map(jnp.copy, standing(model))  # Any: optax's types name trees of arrays alone
     return State(params, optimizer.init(params))
 
@@ -187,7 +193,7 @@ def mix_and_match(config: DecoderConfig, slicings: Sequence[Slicing], count: int
     Raises: ConfigError for slicings that the model has not, or that leave out different layers; ValueError if there are
     fewer than `count`.
     """
-    if len({slicing.skip for slicing in slicings}) != 1:
+    if len({slicing.skip for slicing in slicings}) > 1:
         raise ConfigError("only slicings that leave out the same layers can be mixed")
     for slicing in slicings:
         slicing.apply(config)

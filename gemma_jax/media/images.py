@@ -108,9 +108,10 @@ def crops(width: int, height: int, options: ImageOptions) -> list[tuple[int, int
 
 
 def pixels(
-    image: UInt8[np.ndarray, "height width 3"], size: int, hf_compat: bool = False
+    image: UInt8[np.ndarray, "height width 3"], size: int, hf_compat: bool = False, black: float = -1.0
 ) -> Float[np.ndarray, "size size 3"]:
-    """An image resized to a square whatever its shape (bilinear, antialiased), between -1 and 1, float32.
+    """An image resized to a square whatever its shape (bilinear, antialiased), between -1 (or 0, if that is `black`)
+    and 1, float32.
 
     Equal to `jax.image.resize` but for that function's rounding of positions (2e-4). With `hf_compat` bit for bit what
     transformers' Gemma3ImageProcessorPil gives: the resized image is rounded to whole grey levels.
@@ -119,13 +120,14 @@ def pixels(
     if hf_compat:
         resized = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
         scaled = (resized.astype(np.float64) * (1 / 255)).astype(np.float32)
-        return (scaled - np.float32(0.5)) / np.float32(0.5)
+        return scaled if black == 0 else (scaled - np.float32(0.5)) / np.float32(0.5)
     channels = [
         Image.fromarray(image[..., i].astype(np.float32)).resize((size, size), Image.Resampling.BILINEAR)
         for i in range(3)
     ]
     resized = np.stack([np.asarray(channel) for channel in channels], axis=-1)
-    return np.clip((resized - 127.5) / 127.5, -1.0, 1.0).astype(np.float32)
+    scaled = resized / 255 if black == 0 else (resized - 127.5) / 127.5
+    return np.clip(scaled, black, 1.0).astype(np.float32)
 
 
 def sources(images: Any) -> list[Any]:
@@ -145,27 +147,30 @@ def sources(images: Any) -> list[Any]:
 
 
 def stack(
-    images: Sequence[Any], size: int, options: ImageOptions = ImageOptions()
+    images: Sequence[Any], size: int, options: ImageOptions = ImageOptions(), black: float = -1.0
 ) -> Float[np.ndarray, "N size size 3"]:
     """The pixels of some images, of each alone. Raises as `read`."""
     if not images:
         raise ImageError("there are no images; give at least one")
     alone = dataclasses.replace(options, pan_and_scan=False)
-    return np.concatenate([prepare(image, size, alone) for image in images])
+    return np.concatenate([prepare(image, size, alone, black) for image in images])
 
 
-def prepare(source: Any, size: int, options: ImageOptions = ImageOptions()) -> Float[np.ndarray, "n size size 3"]:
+def prepare(
+    source: Any, size: int, options: ImageOptions = ImageOptions(), black: float = -1.0
+) -> Float[np.ndarray, "n size size 3"]:
     """The pixels of an image and, with pan and scan, of its crops, which follow it.
 
-    An array of floats is taken as prepared, [size, size, 3] with values between -1 and 1. Raises as `read`.
+    An array of floats is taken as prepared, [size, size, 3] with values between `black` (-1 or 0) and 1. Raises as
+    `read`.
     """
     if not isinstance(options, ImageOptions):
         raise TypeError(f"image_options is a {type(options).__name__}; wanted an ImageOptions")
     if hasattr(source, "__array__") and np.asarray(source).dtype.kind in "fV":  # V: numpy's word for bfloat16
         return _prepared(np.asarray(source).astype(np.float32), size)[None]
     image = read(source, options)
-    whole = [pixels(image, size, options.hf_compat)]
-    return np.stack([*whole, *(pixels(crop, size, options.hf_compat) for crop in _cut(image, options))])
+    several = [image, *_cut(image, options)]
+    return np.stack([pixels(one, size, options.hf_compat, black) for one in several])
 
 
 def _cut(image: np.ndarray, options: ImageOptions) -> Iterator[np.ndarray]:

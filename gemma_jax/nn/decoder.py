@@ -10,14 +10,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from gemma_jax.configs.config import ConfigError, DecoderConfig, LayerSpec, VisionConfig
+from gemma_jax.configs.config import DecoderConfig, LayerSpec
 from gemma_jax.nn.attention import Attention, Keys
 from gemma_jax.nn.cache import Cache, LayerCache, advance
 from gemma_jax.nn.gemma3n import AltUp, Laurel, PerLayerInput, as_large
 from gemma_jax.nn.layers import PLAIN_LAYOUT, GatedMLP, Layout, RMSNorm, Table, dimension_sizes, softcap, weight
 from gemma_jax.nn.masks import Places
+from gemma_jax.nn.senses import Senses
 from gemma_jax.nn.sites import UNTAPPED, Fixed, Tap, Taps
-from gemma_jax.nn.vision.siglip import Projector, Siglip
 
 
 class Layer(nnx.Module):
@@ -139,11 +139,10 @@ class Linear(nnx.Module):
         return x @ self.kernel[...].astype(x.dtype)
 
 
-class Stem(nnx.Module):
-    """What stands around the layers: token table, tower, final norm, head. `Decoder`, `ScannedDecoder` add layers."""
+class Stem(Senses):
+    """What stands around the layers: token table, towers, final norm, head. `Decoder`, `ScannedDecoder` add layers."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype | str, layout: Layout):
-        refuse_unbuilt(config)
         dtype = jnp.dtype(dtype)
         if dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
             raise ValueError(
@@ -157,9 +156,7 @@ class Stem(nnx.Module):
         if not config.has_tied_head:
             self.head = Table(config, layout.table_dims, rngs=rngs, dtype=dtype)
         self.final_norm = RMSNorm("D", config.width, config.norm, dtype)
-        if isinstance(config.vision, VisionConfig):
-            self.vision = Siglip(config.vision, rngs=rngs, dtype=dtype)
-            self.mm = Projector(config.vision, config.width, config.norm, rngs=rngs, dtype=dtype)
+        self._build_senses(config, rngs, dtype)
         widths = (config.width, *config.dense_widths)
         self.dense = nnx.List([Linear(*sizes, rngs=rngs, dtype=dtype) for sizes in itertools.pairwise(widths)])
         if config.altup is not None:
@@ -172,14 +169,6 @@ class Stem(nnx.Module):
         if config.per_layer_embedding is not None:
             self.w_ple_proj = weight(rngs, "D L P", dimension_sizes(config), dtype)
             self.ple_proj_norm = RMSNorm("P", config.per_layer_embedding.width, config.norm, dtype)
-
-    def see(self, pixels: Float[Array, "B height width 3"], *, is_tower_trained: bool = False) -> Float[Array, "B M D"]:
-        """The soft tokens of images; pixels between -1 and 1, in the size that the config's tower wants.
-
-        No gradient reaches the tower unless `is_tower_trained`: Gemma 3 was trained with a frozen one (report, sec. 2).
-        """
-        patches = self.vision(pixels)
-        return self.mm(patches if is_tower_trained else jax.lax.stop_gradient(patches))
 
     def pool(self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> Float[Array, "B E"]:
         """EmbeddingGemma's vector of a text, not normalised: the mean over all real tokens, BOS, prompt and EOS among
@@ -195,6 +184,7 @@ class Stem(nnx.Module):
         """Rows of the table times sqrt(D), that factor rounded to the table's dtype first (1152: 34.0 in bfloat16)."""
         x = self.embedder.rows(tokens)
         x = x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.has_embedding_scale else x
+        x = self.with_hard_tokens(tokens, x)
         return x if inserted is None else inserted.into(x)
 
     def pieces(self, tokens: Int[Array, "B T"], x: Float[Array, "B T D"]) -> Sequence[Float[Array, "B T P"] | None]:
@@ -344,17 +334,3 @@ class Decoder(Stem):
 def column(x: Float[Array, "*A B T C"], index: Int[Array, " B"]) -> Float[Array, "*A B 1 C"]:
     """One column of each row."""
     return jnp.take_along_axis(x, jnp.expand_dims(index[:, None, None], range(x.ndim - 3)), axis=-2)
-
-
-def refuse_unbuilt(config: DecoderConfig) -> None:
-    """Raises ConfigError for what the config can say and is not built yet: Gemma 3n's eyes and ears."""
-    unbuilt = {
-        "audio": config.audio is not None,
-        "vision": config.vision is not None and not isinstance(config.vision, VisionConfig),
-    }
-    found = [name for name, is_set in unbuilt.items() if is_set]
-    if found:
-        raise ConfigError(
-            f"config {config.name!r} sets {', '.join(found)}: these belong to Gemma 3n, which the decoder does not "
-            "build yet; unset them"
-        )

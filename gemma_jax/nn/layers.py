@@ -5,6 +5,7 @@ D model width, F ffw width, V vocabulary, W window. Fused weights: M = N + 2K, E
 P width of a layer's piece of a token, R rows of the table of these; W there is LAuReL's rank.
 """
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Mapping
@@ -190,17 +191,30 @@ class GatedMLP(nnx.Module):
         num_tokens, ffw_width = math.prod(hidden.shape[:-1]), hidden.shape[-1]
         if 2 * num_tokens * self.budget > ffw_width:  # little or nothing to win
             return hidden @ self.w_down[...]
-        few = jnp.max(jnp.sum(hidden != 0, axis=-1)) <= self.budget
-        return jax.lax.cond(few, self._gathered, lambda h: h @ self.w_down[...], hidden)
+        return _sparse_product(hidden, self.w_down[...], self.budget)
 
-    def _gathered(self, hidden: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
-        """The product with the rows of the active units of each token, at most `budget` of them."""
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _sparse_product(hidden: Float[Array, "B T F"], down: Float[Array, "F D"], budget: int) -> Float[Array, "B T D"]:
+    """`hidden` times `down`, of which only the rows of active units are read if no token has more than `budget`."""
+
+    def gathered(hidden: jax.Array) -> jax.Array:
         rank = jnp.cumsum(hidden != 0, axis=-1).reshape(-1, hidden.shape[-1])
-        wanted = jnp.arange(1, self.budget + 1)
+        wanted = jnp.arange(1, budget + 1)
         unit = jax.vmap(lambda row: jnp.searchsorted(row, wanted))(rank).reshape(*hidden.shape[:-1], -1)
         # ranks that no unit has find the end: they take some row times zero
         chosen = jnp.take_along_axis(hidden, unit, axis=-1, mode="fill", fill_value=0)
-        return jnp.einsum("BTF,BTFD->BTD", chosen, jnp.take(self.w_down[...], unit, axis=0, mode="clip"))
+        return jnp.einsum("BTF,BTFD->BTD", chosen, jnp.take(down, unit, axis=0, mode="clip"))
+
+    few = jnp.max(jnp.sum(hidden != 0, axis=-1)) <= budget
+    return jax.lax.cond(few, gathered, lambda h: h @ down, hidden)
+
+
+@_sparse_product.defjvp
+def _sparse_product_jvp(budget: int, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]):
+    """Of the whole product: units that are zero have a derivative too."""
+    (hidden, down), (d_hidden, d_down) = primals, tangents
+    return _sparse_product(hidden, down, budget), d_hidden @ down + hidden @ d_down
 
 
 def _above(gate: Float[Array, "B T F"], deviations: float) -> Float[Array, "B T F"]:

@@ -21,8 +21,15 @@ def cut(whole: Decoder, slicing: Slicing, *, shares_tables: bool = False) -> Dec
     """The slice of a decoder. Works on traced weights too: gradients of a slice are gradients of the whole.
 
     With `shares_tables` the table of per-layer embeddings stays whole, and its rows are cut when they are read.
-    Raises ConfigError for a slice that the model has not; see `Slicing.apply`.
+    Raises ConfigError for a slice that the model has not; see `Slicing.apply`. ValueError for tables that are mapped
+    from a checkpoint and not shared.
     """
+    whole, slicing = composed(whole, slicing)
+    if not shares_tables and whole.embedder.fetch is not None:
+        raise ValueError(
+            "the per-layer embeddings are mapped from a checkpoint; load the slice itself with slicing=, or give "
+            "copy=False"
+        )
     config, kept = slicing.apply(whole.config), slicing.kept(whole.config)
     dtype = whole.final_norm.scale.dtype
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, layout=whole.layout))
@@ -95,6 +102,13 @@ class SharedSlice(Decoder):
         self, tokens: Int[Array, "B T"], where: Places, inserted: Inserted | None = None, taps: Any = None
     ) -> Float[Array, "L+1 B T D"]:
         return self._lent().hidden_states(tokens, where, inserted, taps)
+
+
+def composed(model: Decoder, slicing: Slicing) -> tuple[Decoder, Slicing]:
+    """A model with weights of its own and what slice of it is a slice of `model`, which may be a slice itself."""
+    if not isinstance(model, SharedSlice):
+        return model, slicing
+    return model.whole, model.slicing.then(slicing, model.whole.config)
 
 
 def standing(model: Decoder) -> Decoder:

@@ -4,10 +4,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gemma_jax.text import parts, translategemma
-from gemma_jax.text.parts import Control, Part, Picture
+from gemma_jax.text.parts import Control, Film, Item, Medium, Picture, Sound
 from gemma_jax.text.tokenizer import Tokenizer
 
 START, END, BOS, IMAGE = "<start_of_turn>", "<end_of_turn>", "<bos>", "<start_of_image>"
+AUDIO = "<start_of_audio>"
+_CALLED = {Picture: "an image", Sound: "sound", Film: "a video"}
+_SHOWN = {Picture: IMAGE, Sound: AUDIO, Film: "<video>"}
 ROLES = {"user": "user", "assistant": "model", "model": "model"}
 
 
@@ -20,41 +23,42 @@ def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = 
     return as_text(chat_parts(messages, add_generation_prompt))
 
 
-def as_text(prompt: Iterable[Part | Picture]) -> str:
+def as_text(prompt: Iterable[Item]) -> str:
     """A prompt for reading."""
-    shown = (IMAGE if isinstance(part, Picture) else getattr(part, "piece", part) for part in prompt)
+    shown = (_SHOWN.get(type(part)) or getattr(part, "piece", part) for part in prompt)
     return "".join(map(str, shown))
 
 
 def encode_chat(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
 ) -> list[int]:
-    """The ids of a conversation without images, `<bos>` included.
+    """The ids of a conversation of text alone, `<bos>` included.
 
     Control tokens come from the template alone: text of users never becomes one.
 
-    Raises: ChatError for unknown roles, roles out of order, content that is neither text nor parts, images.
+    Raises: ChatError for unknown roles, roles out of order, content that is neither text nor parts, images, sound.
     """
     prompt = chat_parts(messages, add_generation_prompt)
-    if any(isinstance(part, Picture) for part in prompt):
-        raise ChatError("a message has an image; `Gemma.chat` takes it, ids alone cannot hold it")
+    for part in prompt:
+        if isinstance(part, Medium):
+            raise ChatError(f"a message has {_CALLED[type(part)]}; `Gemma.chat` takes it, ids alone cannot hold it")
     return parts.encode(tokenizer, prompt)  # pyright: ignore[reportArgumentType]
 
 
-def chat_parts(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[Part | Picture]:
-    """The conversation in parts, images where they stand. Raises ChatError as `encode_chat`."""
-    prompt: list[Part | Picture] = [Control(BOS)]
+def chat_parts(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[Item]:
+    """The conversation in parts, images and sound where they stand. Raises ChatError as `encode_chat`."""
+    prompt: list[Item] = [Control(BOS)]
     for role, content in _turns(messages):
         prompt += turn(role, content)
     return [*prompt, Control(START), "model\n"] if add_generation_prompt else prompt
 
 
-def turn(role: str, content: Iterable[Part | Picture]) -> list[Part | Picture]:
+def turn(role: str, content: Iterable[Item]) -> list[Item]:
     """One turn; `role` is "user" or "model"."""
     return [Control(START), f"{role}\n", *content, Control(END), "\n"]
 
 
-def _turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Part | Picture]]]:
+def _turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Item]]]:
     """(role, content) of every turn; a leading system message is put in front of the first one, untrimmed."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ChatError("messages is empty or not a list; wanted at least one {'role': 'user', 'content': ...}")
@@ -74,16 +78,18 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Pa
         yield role, [*(prefix if i == 0 else ()), *content_parts(message["content"], first + i)]
 
 
-def content_parts(content: Any, at: int) -> list[Part | Picture]:
-    """A message's content: each text trimmed, nothing between them, images in their places.
+def content_parts(content: Any, at: int) -> list[Item]:
+    """A message's content: each text trimmed, nothing between them, images and sound in their places.
 
-    `{"type": "image", "image": ...}` holds what `media.images.read` takes; OpenAI's `image_url` a data URL. A text or
-    image with `source_lang_code` and `target_lang_code` is a request to TranslateGemma. Raises ChatError for other
-    parts and unknown languages; `at` is the message's number.
+    `{"type": "image", "image": ...}` holds what `media.images.read` takes; OpenAI's `image_url` a data URL;
+    `{"type": "audio", "audio": ...}` what `media.audio.read` takes, OpenAI's `input_audio` base64 and its format;
+    `{"type": "video", "video": ...}` what `media.video.read` takes. A text or image with `source_lang_code` and
+    `target_lang_code` is a request to TranslateGemma. Raises ChatError for other parts and unknown languages; `at` is
+    the message's number.
     """
     if isinstance(content, str):
         return [content.strip()]
-    found: list[Part | Picture] = []
+    found: list[Item] = []
     for part in _content_list(content, at):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if isinstance(part, Mapping) and translategemma.KEYS & set(part):
@@ -94,15 +100,22 @@ def content_parts(content: Any, at: int) -> list[Part | Picture]:
             found.append(Picture(part["image"]))
         elif kind == "image_url":
             found.append(Picture(_data_url(part.get("image_url"), at)))
+        elif kind == "audio" and part.get("audio") is not None:
+            found.append(Sound(part["audio"]))
+        elif kind == "input_audio":
+            found.append(Sound(_input_audio(part.get("input_audio"), at)))
+        elif kind == "video" and part.get("video") is not None:
+            found.append(Film(part["video"]))
         else:
             raise ChatError(
                 f"message {at} has a part of type {kind!r}; wanted {{'type': 'text', 'text': ...}}, {{'type': 'image', "
-                "'image': ...}} or {'type': 'image_url', 'image_url': {'url': 'data:image/...'}}"
+                "'image': ...}, 'audio' and 'video' likewise, {'type': 'image_url', 'image_url': {'url': "
+                "'data:image/...'}} or {'type': 'input_audio', 'input_audio': {'data': ..., 'format': 'wav'}}"
             )
     return found
 
 
-def _translation(part: Mapping[str, Any], at: int) -> list[Part | Picture]:
+def _translation(part: Mapping[str, Any], at: int) -> list[Item]:
     try:
         languages = [translategemma.language(part.get(key)) for key in ("source_lang_code", "target_lang_code")]
     except ValueError as error:
@@ -124,6 +137,13 @@ def _data_url(value: Any, at: int) -> str:
             "is given as {'type': 'image', 'image': path})"
         )
     return url
+
+
+def _input_audio(value: Any, at: int) -> Mapping[str, Any]:
+    """Of a request that may come from others, so no path."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("data"), str):
+        raise ChatError(f"message {at} has an input_audio without data; wanted {{'data': base64, 'format': 'wav'}}")
+    return value
 
 
 def _content_list(content: Any, at: int) -> Sequence[Any]:

@@ -28,7 +28,23 @@ class Picture:
     source: Any
 
 
-Part = str | Control | Ids  # what a prompt is encoded from, once its images have become ids
+@dataclass(frozen=True, eq=False)
+class Sound:
+    """The place of a clip in a prompt, and what holds it (see `media.audio.read`)."""
+
+    source: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Film:
+    """Images of a video with their times (see `media.video.read`)."""
+
+    source: Any
+
+
+Medium = Picture | Sound | Film
+Part = str | Control | Ids  # what a prompt is encoded from, once its images and sound have become ids
+Item = Part | Medium
 
 
 def encode(tokenizer: Tokenizer, parts: Iterable[Part]) -> list[int]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemma_jax.text.chat import BOS, END, START
-from gemma_jax.text.parts import Control, Part, Picture
+from gemma_jax.text.parts import Control, Item, Picture
 
 POLICIES: Mapping[str, str] = {
     "dangerous": (
@@ -31,7 +31,7 @@ _BEFORE = (
 _AFTER = "\n</END_SAFETY_POLICY>\n\nDoes the image violate the above policy? Your Answer must start with 'Yes' or 'No'."
 
 
-def prompt(image: Any, policy: str) -> list[Part | Picture]:
+def prompt(image: Any, policy: str) -> list[Item]:
     """The prompt for one image and the text of one policy. The user's header stands twice: so the model was trained."""
     user = Control(START), "user\n"
     question = f"{_BEFORE}{policy}{_AFTER}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gemma_jax.text import parts
-from gemma_jax.text.parts import Part, Picture
+from gemma_jax.text.parts import Item
 from gemma_jax.text.tokenizer import Tokenizer
 from gemma_jax.tools import functiongemma, prompted
 from gemma_jax.tools.calls import ToolCall
@@ -17,7 +17,7 @@ NAMES = (*prompted.FORMS, "functiongemma")
 class Form(Protocol):
     """How one family of models does it."""
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> Sequence[Part | Picture]:
+    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> Sequence[Item]:
         """The conversation up to where the model goes on; see `turns.read`."""
         ...
 
@@ -35,7 +35,7 @@ class Prompted:
 
     name: str
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> Sequence[Part | Picture]:
+    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> Sequence[Item]:
         """See `Form.prompt`."""
         return prompted.conversation(messages, tools, self.name)
 
@@ -48,7 +48,7 @@ class Prompted:
 class FunctionGemma:
     """FunctionGemma's own tokens."""
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> Sequence[Part | Picture]:
+    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> Sequence[Item]:
         """See `Form.prompt`."""
         return functiongemma.conversation(messages, tools)
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from gemma_jax.text import chat
-from gemma_jax.text.parts import Control, Part, Picture
+from gemma_jax.text.parts import Control, Item
 from gemma_jax.tools import turns
 from gemma_jax.tools.calls import ToolCall, ToolCallError
 from gemma_jax.tools.schema import Tool
@@ -34,17 +34,17 @@ _CALL_KEYS = {"name", "parameters", "arguments", "id", "type"}
 _NAMES = {"true": True, "false": False, "null": None}  # of JSON, which models mix in
 
 
-def conversation(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], form: str) -> list[Part | Picture]:
+def conversation(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], form: str) -> list[Item]:
     """A conversation of OpenAI-style messages, up to where the model goes on; the tools stand in front of the first
     user's words, behind a system message. Without tools it is `text.chat.chat_parts`. Raises as `turns.read`.
     """
     system, said = turns.read(messages)
     front = [] if system is None else [chat.system_text(system)]
     front += [instructions(tools, form)] if tools else []
-    prompt: list[Part | Picture] = [Control(chat.BOS)]
+    prompt: list[Item] = [Control(chat.BOS)]
     for i, turn in enumerate(said):
         if turn.role == "tool":
-            content: list[Part | Picture] = [output(turn.results)]
+            content: list[Item] = [output(turn.results)]
         else:
             content = [] if turn.content is None else chat.content_parts(turn.content, turn.at)
             content += [render(turn.calls, form)] if turn.calls else []

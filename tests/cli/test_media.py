@@ -121,7 +121,7 @@ def test_classify_gives_a_probability_for_each_policy(capsys, seeing, picture):
 def test_the_probability_is_that_of_the_plain_forward(seeing, picture):
     """Of Yes against No at the last place of the literal prompt, image merged as transformers does."""
     gemma = gj.load(seeing)
-    options = ImageOptions(hf_compat=True)
+    options = prompts.MediaOptions(image=ImageOptions(hf_compat=True))
     from gemma_jax import prompts
 
     read = prompts.assemble(shieldgemma.prompt(picture, "No hats."), gemma.tokenizer, gemma.config, options)

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 import gemma_jax as gj
 from gemma_jax import interp
 from gemma_jax.generate import engine
-from gemma_jax.media import vision
+from gemma_jax.media import places
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 SOFT, SIZE = 90, 16  # the fixture's image token, and how many stand for an image
@@ -149,7 +149,7 @@ def test_a_tower_is_saved_with_its_model(gemma, data, images, tmp_path):
         ([2, 90, 90, 5], 1, "there are 2 image tokens 90, but 1 images take 1 x 16"),
         ([2, *[90] * 16, 5], 0, "there are 16 image tokens 90, but 0 images"),
         ([2, *[90] * 16, 5], 2, "2 images take 2 x 16"),
-        ([2, *[90] * 8, 5, *[90] * 8], 1, "8 image tokens 90 stand in a row; an image takes 16"),
+        ([2, *[90] * 8, 5, *[90] * 8], 1, "8 image tokens 90 stand in a row; one of the images takes 16"),
         ([2, *[90] * 32, 5], 2, "32 image tokens 90 stand in a row"),
     ],
 )
@@ -176,6 +176,6 @@ def test_pixels_of_another_kind_are_refused(gemma, pixels, words):
 
 def test_a_text_model_says_that_it_cannot_see(tiny_config):
     with pytest.raises(ValueError, match="has no vision tower; images need a Gemma 3 of 4B or more"):
-        vision.tower_of(tiny_config)
-    with pytest.raises(ValueError, match="has no vision tower, but 2 images were given"):
-        vision.soft_indices([[1, 2]], 2, tiny_config)
+        places.tower_of(tiny_config)
+    with pytest.raises(ValueError, match="has no vision tower"):
+        places.soft_indices([[1, 2]], tiny_config, 2)

@@ -75,7 +75,7 @@ def test_a_device_without_such_memory_is_named_with_what_it_has():
 @tpu.needs_libtpu
 def test_on_tpu_decoding_keeps_the_table_out_of_the_devices_memory():
     """Two layers in E2B's shape for a v5e: arguments of the device are less by the table, temporaries do not grow."""
-    where, e2b = tpu.sharding(), configs.get("gemma-3n-e2b").runnable
+    where, e2b = tpu.sharding(), configs.get("gemma-3n-e2b").decoder
     config = dataclasses.replace(e2b, name="few", layers=e2b.layers[:2])
     table = 2 * 262_144 * 2 * 256  # bytes
     there, here = (

@@ -14,6 +14,7 @@ from gemma_jax.nn.layers import (
     Layout,
     RMSNorm,
     Table,
+    _sparse_product,
     dimension_sizes,
     softcap,
 )
@@ -110,6 +111,15 @@ def test_of_a_sparse_ffw_the_active_units_give_the_whole_product(make_config, nu
     np.testing.assert_allclose(found, hidden[0] @ np.asarray(mlp.w_down[...]), atol=1e-6)
     whole = jax.jit(lambda mlp, x: mlp(x))(mlp, jnp.tile(x, (1, 8, 1)))  # too many tokens to gather for
     np.testing.assert_allclose(whole[:, 3:4], found, atol=1e-6)
+
+    def total(down, shift):  # units that are zero have a derivative too
+        hidden = _sparse_product(jnp.asarray(hidden_now) + shift, down, 8)
+        return jnp.sum(hidden * jnp.arange(32))
+
+    hidden_now, down = hidden[0], mlp.w_down[...]
+    by_down, by_shift = jax.grad(total, argnums=(0, 1))(down, jnp.zeros((2, 1, 64)))
+    np.testing.assert_allclose(by_shift, np.tile(np.asarray(down) @ np.arange(32), (2, 1, 1)), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(by_down, np.outer(hidden_now.sum(axis=(0, 1)), np.arange(32)), rtol=1e-5, atol=1e-5)
 
 
 class Spy(Tap):

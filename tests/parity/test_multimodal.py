@@ -171,7 +171,7 @@ def test_shieldgemma_prompts_and_probabilities_are_those_of_transformers(shield)
     theirs, processor, ours = shield
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 70, 3), np.uint8))
     inputs = processor(images=[image], return_tensors="pt", text_kwargs={"add_special_tokens": False})
-    options = ImageOptions(hf_compat=True)
+    options = prompts.MediaOptions(image=ImageOptions(hf_compat=True))
     for ids, mask, policy in zip(
         inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), shieldgemma.POLICIES.values(), strict=True
     ):
