@@ -44,7 +44,7 @@ def effective_parameters(config: DecoderConfig) -> int:
     reads another's keys, the key and value projections and key norm that checkpoints hold and nothing uses. So
     with per-layer embeddings elsewhere a device holds this, less those unused, and the token table (gemma3n.md, 1).
     """
-    towers = ("vision/", "mm/", "audio/")
+    towers = ("vision/", "mm/", "audio/", "audio_mm/")
     sizes = {path: size for path, size in _sizes(config).items() if not path.startswith(towers)}
     return sum(sizes.values()) - sizes[TABLE] - sizes.get(PIECES, 0) + unused_parameters(config)
 
