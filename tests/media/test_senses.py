@@ -11,6 +11,7 @@ from flax import nnx
 
 import gemma_jax as gj
 from gemma_jax import matformer, prompts
+from gemma_jax.cli.main import main
 from gemma_jax.configs.towers import AudioConfig
 from gemma_jax.generate.engine import Session, Soft
 from gemma_jax.generate.sampling import SamplingParams
@@ -260,3 +261,36 @@ def test_bad_videos_are_refused(tmp_path):
                 assert len(video.read(bytes(broken))) <= 32
             except VideoError:
                 continue
+
+
+@pytest.mark.slow
+def test_the_command_line_hears_and_sees(gemma, tmp_path, capsys, monkeypatch):
+    import json
+
+    import soundfile
+
+    gemma.save(tmp_path / "model")
+    soundfile.write(tmp_path / "a.wav", wave(0.3), 16_000)
+    (tmp_path / "a.mp4").write_bytes(film(1.5))
+    options = ["--model", str(tmp_path / "model"), "-n", "3", "--json", "--no-compilation-cache"]
+    assert main(["transcribe", str(tmp_path / "a.wav"), "--language", "en", *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (said,) = gemma.transcribe([tmp_path / "a.wav"], language="en", max_new_tokens=3)
+    assert report["transcripts"] == [{"sound": str(tmp_path / "a.wav"), "text": said}]
+    assert main(["generate", "the<start_of_audio>", "--audio", str(tmp_path / "a.wav"), *options]) == 0
+    (done,) = json.loads(capsys.readouterr().out)["completions"]
+    want = gemma.generate("the<start_of_audio>", audio=[tmp_path / "a.wav"], max_new_tokens=3)
+    assert done["tokens"] == want.tokens
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    shown = ["--audio", str(tmp_path / "a.wav"), "--video", str(tmp_path / "a.mp4")]
+    assert main(["chat", *shown, "-t", "0", *options]) == 0
+    answer = json.loads(capsys.readouterr().out)["text"]
+    content = [
+        {"type": "audio", "audio": tmp_path / "a.wav"},
+        {"type": "video", "video": tmp_path / "a.mp4"},
+        {"type": "text", "text": "hello"},
+    ]
+    wanted = gemma.chat([{"role": "user", "content": content}], temperature=0.0, max_new_tokens=3)
+    assert answer == wanted.text
+    assert main(["transcribe", "nothing.wav", *options]) == 1
+    assert "does not exist" in capsys.readouterr().err
