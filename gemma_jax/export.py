@@ -155,9 +155,8 @@ def _encoding(to: str, entry: Entry, precision: Precision) -> Encoding:
         return encodings.F32
     if to == "gguf" and entry.path.startswith(("vision/", "mm/")):  # llama.cpp convolves in float32
         return DTYPES[precision.dtype] if entry.path.startswith("vision/layers_") else encodings.F32
-    if (
-        to == "gguf" and entry.source_shape[-1] % precision.encoding.block
-    ):  # 3n's small matrices, whose rows are no whole blocks
+    is_ragged = entry.source_shape[-1] % precision.encoding.block != 0
+    if to == "gguf" and "/altup/" in entry.path and is_ragged:  # rows of 4, of 16
         return DTYPES[precision.dtype]
     is_table = entry.path in ("embedder/embedding", "head/embedding")
     return encodings.Q8_0 if is_table and precision.quantize is not None else precision.encoding

@@ -270,7 +270,7 @@ def test_other_bad_requests_are_refused(make_config, make_3n):
         (lambda: nested.halves(config, 0), "count is 0; tiny, with an ffw of 48, can be halved to 1 to 6 widths"),
         (lambda: nested.halves(config, 7), "count is 7"),
         (lambda: nested.mix_and_match(config, widths, 5, seed=0), "count is 5; 4 slicings can be mixed"),
-        (lambda: nested.mix_and_match(config, [], 1, seed=0), "same layers can be mixed"),
+        (lambda: nested.mix_and_match(config, [], 1, seed=0), "no slicings to mix"),
         (lambda: nested.mix_and_match(config, [*widths, Slicing((1,))], 1, seed=0), "same layers can be mixed"),
         (lambda: nested.mix_and_match(config, [Slicing(ffw=64)], 1, seed=0), "ffw is 64 in layer 0"),
     ):

@@ -193,6 +193,8 @@ def mix_and_match(config: DecoderConfig, slicings: Sequence[Slicing], count: int
     Raises: ConfigError for slicings that the model has not, or that leave out different layers; ValueError if there are
     fewer than `count`.
     """
+    if not slicings:
+        raise ValueError("there are no slicings to mix; give at least one")
     if len({slicing.skip for slicing in slicings}) > 1:
         raise ConfigError("only slicings that leave out the same layers can be mixed")
     for slicing in slicings:

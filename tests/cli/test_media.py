@@ -120,10 +120,10 @@ def test_classify_gives_a_probability_for_each_policy(capsys, seeing, picture):
 
 def test_the_probability_is_that_of_the_plain_forward(seeing, picture):
     """Of Yes against No at the last place of the literal prompt, image merged as transformers does."""
-    gemma = gj.load(seeing)
-    options = prompts.MediaOptions(image=ImageOptions(hf_compat=True))
     from gemma_jax import prompts
 
+    gemma = gj.load(seeing)
+    options = prompts.MediaOptions(image=ImageOptions(hf_compat=True))
     read = prompts.assemble(shieldgemma.prompt(picture, "No hats."), gemma.tokenizer, gemma.config, options)
     logits = np.asarray(gemma.logits([read.ids], read.pixels))[0, -1]
     yes, no = (logits[gemma.tokenizer.id_of(word)] for word in WORDS)

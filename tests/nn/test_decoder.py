@@ -5,7 +5,6 @@ import pytest
 from flax import nnx
 
 from gemma_jax.configs.config import AltUpConfig, ConfigError
-from gemma_jax.configs.towers import AudioConfig
 from gemma_jax.nn.cache import empty_cache
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.masks import Places
@@ -139,10 +138,7 @@ def test_every_ingredient_of_the_config_reaches_the_logits(tiny_model, plain_log
     assert np.abs(got - plain_logits(tokens.tolist())).max() > 1e-4
 
 
-def test_ingredients_of_gemma_3n_are_refused_by_name(make_config):
-    config = make_config(num_layers=1).replace("audio", AudioConfig())
-    with pytest.raises(ConfigError, match=r"audio.*Gemma 3n"):
-        Decoder(config, rngs=nnx.Rngs(0))
+def test_stacked_layers_with_streams_are_refused_by_name(make_config):
     with pytest.raises(ConfigError, match=r"altup.*ScannedDecoder"):
         ScannedDecoder(make_config(num_layers=1).replace("altup", AltUpConfig()), rngs=nnx.Rngs(0))
 

@@ -1,8 +1,10 @@
 """Gemma 3n with images and sound against transformers: fixtures, and live models."""
 
+import copy
 import json
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -92,7 +94,7 @@ class Eyes:
     def __init__(self, torch, model):
         class Tower(torch.nn.Module):
             def forward(self, pixel_values, **_):
-                pixels = jnp.asarray(pixel_values.float().numpy().transpose(0, 2, 3, 1))
+                pixels = jnp.asarray(pixel_values.numpy().astype(np.float32).transpose(0, 2, 3, 1))
                 seen = np.array(model.vision(pixels)).transpose(0, 2, 1).reshape(len(pixels), -1, 2, 2)
                 return types.SimpleNamespace(last_hidden_state=torch.from_numpy(seen).to(pixel_values.dtype))
 
@@ -166,3 +168,36 @@ def test_logits_and_greedy_tokens_with_two_images_and_two_sounds(gemma, theirs):
     for chunk in (512, 16):
         session = Session(model, [plain.tolist()], params, [], soft=Soft(vectors, [index]), prefill_chunk=chunk)
         assert [token for (step,) in session for token in step.tokens] == tokens[len(ids) :]
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_logits_in_float64(gemma, theirs, monkeypatch):
+    """What the formulas are, without rounding (gemma3n.md, trap 1): transformers' own casts to float32 are taken out.
+
+    The tower's output is the same float32 values for both. Without sound: in transformers' conformer constants are
+    float32, and logits with it are 8.5e-6 apart.
+    """
+    import torch
+
+    random = np.random.default_rng(1)
+    ids = np.asarray([[2, 7, *IMAGE, 9, 81, 98, 5, 11, *IMAGE, 6, 13]])
+    pixels = random.uniform(0, 1, (2, 64, 64, 3)).astype(np.float32)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    real_softmax = torch.nn.functional.softmax
+    monkeypatch.setattr(
+        torch.nn.functional, "softmax", lambda x, dim=None, dtype=None, **_: real_softmax(x, dim=dim, dtype=x.dtype)
+    )
+    twice = copy.deepcopy(theirs).double()
+    with torch.no_grad():
+        values = torch.from_numpy(pixels.transpose(0, 3, 1, 2)).double()
+        want = twice(input_ids=torch.from_numpy(ids), pixel_values=values).logits.numpy()
+    seen = np.asarray(gemma.model.vision(jnp.asarray(pixels)))
+    (index,) = places.soft_indices(ids, gemma.config, 2)
+    with jax.enable_x64(True):
+        model = jax.tree.map(lambda leaf: leaf.astype("float64"), gemma.model)
+        vectors = model.mm.soft(jnp.asarray(seen, "float64") * 20**0.5).reshape(-1, 48)
+        tokens = jnp.asarray(np.where(index >= 0, 0, ids))
+        got = model(tokens, Places.plain(*ids.shape), Inserted(vectors, jnp.asarray(index[None])))
+    assert got.dtype == want.dtype == "float64"
+    np.testing.assert_allclose(got, want, atol=1e-6)
