@@ -5,7 +5,9 @@ Exit codes: 0 done, 1 failed (files, weights), 2 bad usage (arguments, prompts, 
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 from gemma_jax.cli import chat, classify, convert, embed, generate, inspect, score, slice, transcribe, verify
 
 INTERRUPTED = 130
+GRACE = 10.0  # seconds in which an interrupted command may tidy up
 VERBS = (generate, chat, transcribe, score, embed, classify, inspect, convert, slice, verify)
 
 
@@ -57,7 +60,15 @@ def entry() -> int:
             _end()
         usual(unraisable)
 
+    def interrupt(*_: Any) -> None:
+        """Wherever it comes, the program ends: some libraries drop exceptions that are raised in their callbacks."""
+        timer = threading.Timer(GRACE, _end)
+        timer.daemon = True
+        timer.start()
+        raise KeyboardInterrupt
+
     sys.unraisablehook = hook
+    signal.signal(signal.SIGINT, interrupt)
     code = main()
     if code == INTERRUPTED:
         _end()

@@ -41,7 +41,25 @@ def test_an_interruption_ends_with_its_code_and_no_crash():
             _, err = process.communicate(timeout=120)
         finally:
             process.kill()
+            process.wait()
         assert (process.returncode, err.decode()) == (130, "")
+
+
+def test_an_interruption_that_is_dropped_ends_the_program_too():
+    program = (
+        "import os, signal, time\n"
+        "import gemma_jax.cli.main as cli\n"
+        "def main():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(1)\n"
+        "    except BaseException:\n"
+        "        time.sleep(30)\n"
+        "cli.main, cli.GRACE = main, 0.2\n"
+        "cli.entry()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=25)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_an_interruption_in_a_finaliser_ends_the_program_too():
