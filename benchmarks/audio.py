@@ -9,7 +9,6 @@ spectrogram. Each peer is a process of its own; they take turns.
 import argparse
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,15 @@ import numpy as np
 from flax import nnx
 
 import gemma_jax
-from benchmarks import machine, tables
-from benchmarks.protocol import PeerError, Worker
-from benchmarks.registry import DEFAULT_WORK, chosen, python_of
+from benchmarks import machine, tables, turns
+from benchmarks.protocol import PeerError
+from benchmarks.registry import DEFAULT_WORK
 from gemma_jax.configs.config import DecoderConfig
 from gemma_jax.media.mel import mel
 
 ABOUT = "A clip of 30 seconds through Gemma 3n's conformer, beside Hugging Face transformers."
 
-MIB, RATE = 2**20, 16_000
+RATE = 16_000
 PEERS = {"gemma_jax": "gemma_jax", "huggingface": "Hugging Face"}
 
 
@@ -43,34 +42,8 @@ def make(folder: Path, small: DecoderConfig) -> None:
 
 def measure(model: Path, seconds: float, threads: int, repeats: int) -> dict[str, Any]:
     """Seconds of each pass, peaks, and how far the vectors are apart."""
-    rows: dict[str, dict[str, Any]] = {}
     wave = 0.1 * np.random.default_rng(0).normal(size=round(RATE * seconds)).astype(np.float32)
-    with tempfile.TemporaryDirectory() as scratch:
-        features, _ = mel([wave])
-        np.save(clip := f"{scratch}/features.npy", features)
-        workers = {}
-        try:
-            for name in PEERS:
-                python = str(python_of(chosen(name)[0]))
-                workers[name] = Worker([python, "-m", "benchmarks.worker", f"audio_{name}", str(threads)])
-                rows[name] = {"versions": workers[name].ask("start")}
-                rows[name]["load_seconds"] = workers[name].ask("load", model=str(model), threads=threads)
-                rows[name]["first_seconds"] = workers[name].ask("hear", clip=clip, output=f"{scratch}/{name}.npy")
-                rows[name]["seconds"] = []
-            for _ in range(repeats):
-                for name, worker in workers.items():
-                    rows[name]["seconds"].append(worker.ask("hear", clip=clip, output=f"{scratch}/{name}.npy"))
-            for name, worker in workers.items():
-                rows[name]["peak_mib"] = worker.ask("peak") / MIB
-        finally:
-            for worker in workers.values():
-                worker.close()
-        ours, theirs = (np.load(f"{scratch}/{name}.npy") for name in PEERS)
-    return {
-        "peers": rows,
-        "largest_difference": float(np.abs(ours - theirs).max()),
-        "scale": float(np.abs(theirs).max()),
-    }
+    return turns.measure("audio", "hear", PEERS, model, mel([wave])[0], threads, repeats)
 
 
 def markdown(result: dict[str, Any]) -> str:

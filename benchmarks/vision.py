@@ -9,7 +9,6 @@ small layer; both load the same file. Each peer is a process of its own; they ta
 import argparse
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ import numpy as np
 from flax import nnx
 
 import gemma_jax
-from benchmarks import machine, tables
-from benchmarks.protocol import PeerError, Worker
-from benchmarks.registry import DEFAULT_WORK, chosen, python_of
+from benchmarks import machine, tables, turns
+from benchmarks.protocol import PeerError
+from benchmarks.registry import DEFAULT_WORK
 from gemma_jax.configs.config import DecoderConfig
 
 ABOUT = "One image through Gemma 3's whole tower, beside Hugging Face transformers."
 
-MIB = 2**20
 PEERS = {"gemma_jax": "gemma_jax", "huggingface": "Hugging Face"}
 
 
@@ -41,34 +39,8 @@ def make(folder: Path, small: DecoderConfig) -> None:
 
 def measure(model: Path, size: int, threads: int, repeats: int) -> dict[str, Any]:
     """Seconds of each pass, peaks, and how far the soft tokens are apart."""
-    rows: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        pixels = f"{scratch}/pixels.npy"
-        np.save(pixels, np.random.default_rng(0).uniform(-1, 1, (1, size, size, 3)).astype(np.float32))
-        workers = {}
-        try:
-            for name in PEERS:
-                python = str(python_of(chosen(name)[0]))
-                workers[name] = Worker([python, "-m", "benchmarks.worker", f"vision_{name}", str(threads)])
-                rows[name] = {"versions": workers[name].ask("start")}
-                rows[name]["load_seconds"] = workers[name].ask("load", model=str(model), threads=threads)
-                rows[name]["load_mib"] = workers[name].ask("peak") / MIB
-                rows[name]["first_seconds"] = workers[name].ask("see", pixels=pixels, output=f"{scratch}/{name}.npy")
-                rows[name]["seconds"] = []
-            for _ in range(repeats):
-                for name, worker in workers.items():
-                    rows[name]["seconds"].append(worker.ask("see", pixels=pixels, output=f"{scratch}/{name}.npy"))
-            for name, worker in workers.items():
-                rows[name]["peak_mib"] = worker.ask("peak") / MIB
-        finally:
-            for worker in workers.values():
-                worker.close()
-        ours, theirs = (np.load(f"{scratch}/{name}.npy") for name in PEERS)
-    return {
-        "peers": rows,
-        "largest_difference": float(np.abs(ours - theirs).max()),
-        "scale": float(np.abs(theirs).max()),
-    }
+    pixels = np.random.default_rng(0).uniform(-1, 1, (1, size, size, 3)).astype(np.float32)
+    return turns.measure("vision", "see", PEERS, model, pixels, threads, repeats)
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -24,9 +24,9 @@ class Peer:
 
         return timed(load)[1]["seconds"]
 
-    def hear(self, clip: str, output: str) -> float:
+    def hear(self, values: str, output: str) -> float:
         """Seconds of one pass over features [N, T, bins] of a .npy file; the vectors go to another."""
-        features = np.load(clip)
+        features = np.load(values)
         is_valid = np.ones(features.shape[:2], bool)
         found, took = timed(lambda: np.asarray(self.encode(self.tower, features, is_valid)))
         np.save(output, found)

@@ -43,9 +43,9 @@ class Peer:
         return timed(load)[1]["seconds"]
 
     @torch.inference_mode()
-    def hear(self, clip: str, output: str) -> float:
+    def hear(self, values: str, output: str) -> float:
         """As the other peer's; its masks mark padding."""
-        features = torch.from_numpy(np.load(clip))
+        features = torch.from_numpy(np.load(values))
         padding = torch.zeros(features.shape[:2], dtype=torch.bool)
         found, took = timed(lambda: self.model(features, padding).last_hidden_state.numpy())
         np.save(output, found)

@@ -21,9 +21,9 @@ class Peer:
             "seconds"
         ]
 
-    def see(self, pixels: str, output: str) -> float:
+    def see(self, values: str, output: str) -> float:
         """Seconds of one pass over images [N, height, width, 3] of a .npy file; the soft tokens go to another."""
-        images = np.load(pixels)
+        images = np.load(values)
         found, took = timed(lambda: np.asarray(self.gemma.see(images)))
         np.save(output, found)
         return took["seconds"]

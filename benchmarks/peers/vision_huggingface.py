@@ -25,9 +25,9 @@ class Peer:
         return timed(load)[1]["seconds"]
 
     @torch.inference_mode()
-    def see(self, pixels: str, output: str) -> float:
+    def see(self, values: str, output: str) -> float:
         """As the other peer's; its images have their channels first, turned before the clock runs."""
-        images = torch.from_numpy(np.ascontiguousarray(np.load(pixels).transpose(0, 3, 1, 2)))
+        images = torch.from_numpy(np.ascontiguousarray(np.load(values).transpose(0, 3, 1, 2)))
         found, took = timed(lambda: self.model.get_image_features(images).pooler_output.numpy())
         np.save(output, found)
         return took["seconds"]
