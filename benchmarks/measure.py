@@ -27,6 +27,7 @@ class Settings:
     decode_prompt: int = 128
     new_tokens: int = 64
     memory_prompt: int = 512
+    has_cold_starts: bool = True
 
 
 QUICK = {"prefill_tokens": (64,), "decode_batches": (1, 4), "decode_prompt": 16, "new_tokens": 8, "memory_prompt": 64}
@@ -107,7 +108,8 @@ class Run:
 
     def _fresh_processes(self) -> None:
         for repeat in range(self.settings.repeats):
-            self._turns("cold start", repeat, self._cold_starts)
+            if self.settings.has_cold_starts:
+                self._turns("cold start", repeat, self._cold_starts)
             self._turns("memory", repeat, self._memory)
 
     def _cold_starts(self, entry: Entry) -> None:

@@ -4,10 +4,11 @@ Needs the packages gguf and safetensors (the `parity` extra has them). In the wo
 
     demo.gguf        the file itself (a link): ourselves, llama.cpp as it is
     demo-f32.gguf    every tensor dequantised to float32: llama.cpp F32
+    demo-q8_0.gguf, demo-q4_0.gguf, demo-bf16.gguf    encoded anew: stored weights, and llama.cpp's
     huggingface/     config.json and model.safetensors, float32: transformers, and the source for
     deepmind/        an Orbax checkpoint in the library's own layout; made by prepare_deepmind.py in that environment
 
-About 4 GB of disk. The gguf library takes some 20 seconds just to open the file.
+About 5 GB of disk. The gguf library takes some 20 seconds just to open the file.
 """
 
 import argparse
@@ -25,6 +26,11 @@ from benchmarks.registry import DEFAULT_WORK, chosen, python_of
 
 ABOUT = "Makes, from one GGUF, the same weights in every peer's format."
 
+STORED: dict[str, dict[str, str]] = {  # GGUF files by name: how `gemma_jax.convert` stores matrices
+    "demo-q8_0.gguf": {"quantize": "q8_0"},
+    "demo-q4_0.gguf": {"quantize": "q4_0"},
+    "demo-bf16.gguf": {"dtype": "bfloat16"},
+}
 HF_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -136,6 +142,15 @@ def demo_gguf() -> Path:
     return find("gemma-3-270m")
 
 
+def write_stored(source: Path, work: Path) -> None:
+    """What `stored` measures: the same weights in the encodings that our exporter writes."""
+    import gemma_jax
+
+    for name, precision in STORED.items():
+        (work / name).unlink(missing_ok=True)
+        gemma_jax.convert(source, work / name, to="gguf", progress=False, **precision)
+
+
 def write_deepmind(work: Path) -> str | None:
     """Runs prepare_deepmind.py in the peer's environment. Returns why it could not."""
     python = python_of(chosen("deepmind")[0])
@@ -165,6 +180,8 @@ def main() -> int:
     write_huggingface(reader, work / "huggingface")
     print("writing demo-f32.gguf")
     write_gguf(reader, work / "demo-f32.gguf")
+    print(f"writing {', '.join(STORED)}")
+    write_stored(source, work)
     problem = write_deepmind(work)
     print(f"deepmind/ left out: {problem}" if problem else "wrote deepmind/")
     return 0

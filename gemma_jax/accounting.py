@@ -21,20 +21,28 @@ class Held:
     nbytes: int
 
 
-def weights_held(config: DecoderConfig, dtype: jnp.dtype | str = "bfloat16", ple: str = "device") -> dict[str, Held]:
+def weights_held(
+    config: DecoderConfig,
+    dtype: jnp.dtype | str = "bfloat16",
+    ple: str = "device",
+    stored: Mapping[str, int] | None = None,
+) -> dict[str, Held]:
     """What `load(dtype=dtype, ple=ple)` puts on the "device" and in memory of the "host", and leaves in the "file".
 
     Counted are all weights of the model that runs, the token table among them and once (a tied head is the same
-    array): the parameters of `Decoder(config)`, bytes as its arrays have. Of a sharded model: all shards.
+    array): the parameters of `Decoder(config)`, bytes as its arrays have. Of a sharded model: all shards. With dtype
+    "stored" bytes depend on the file: give `loading.stored_bytes` of it.
     Raises ValueError for another `ple`, or one that only a model with per-layer embeddings has.
     """
     if ple not in WHERE or (ple != "device" and config.per_layer_embedding is None):
         wanted = "'device', 'host' or 'mapped'" if config.per_layer_embedding else "'device': it has no such embeddings"
         raise ValueError(f"ple is {ple!r}; {config.name} wants {wanted}")
-    counts: dict[str, int] = {"device": 0, "host": 0, "file": 0}
+    held: dict[str, Held] = {place: Held(0, 0) for place in ("device", "host", "file")}
     for path, size in _sizes(config).items():
-        counts[WHERE[ple] if path == PIECES else "device"] += size
-    return {place: Held(count, count * jnp.dtype(dtype).itemsize) for place, count in counts.items()}
+        place = WHERE[ple] if path == PIECES else "device"
+        nbytes = size * jnp.dtype(dtype).itemsize if stored is None else stored[path]
+        held[place] = Held(held[place].parameters + size, held[place].nbytes + nbytes)
+    return held
 
 
 def effective_parameters(config: DecoderConfig) -> int:

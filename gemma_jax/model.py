@@ -1,8 +1,10 @@
 """`Gemma`: a config, its weights and a tokenizer. The object users hold."""
 
+import contextlib
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,8 @@ from gemma_jax.nn.edits import Edit
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.paths import weights
 from gemma_jax.nn.sliced import standing
+from gemma_jax.nn.stored import refuse_stored
+from gemma_jax.parallel.partition import Partition
 from gemma_jax.prompts import MediaOptions
 from gemma_jax.text import shieldgemma
 from gemma_jax.text.parts import Item
@@ -44,6 +48,18 @@ STOP_IDS = (1, 106)  # Gemma 3's <eos> and <end_of_turn>, for a model without to
 CHAT_SAMPLING = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}  # of the instruction-tuned releases
 
 Text = str | Sequence[int]
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _on_mesh(method: Method) -> Method:
+    """A method whose programs run where the model lies."""
+
+    @functools.wraps(method)
+    def run(self: "Gemma", *args: Any, **kwargs: Any) -> Any:
+        with self.scope():
+            return method(self, *args, **kwargs)
+
+    return run  # pyright: ignore[reportReturnType]
 
 
 @jax.jit
@@ -59,12 +75,24 @@ def _hidden_states(model: Decoder | Edited, tokens: jax.Array, where: Places, in
 class Gemma:
     """A loaded model. Made by `gemma_jax.load`, or from your own decoder: `Gemma(config, Decoder(config, ...))`.
 
-    A prompt is a text or a list of token ids; a text gets its BOS, ids are taken as they are.
+    A prompt is a text or a list of token ids; a text gets its BOS, ids are taken as they are. With a `partition` the
+    model lies on a mesh of devices, `load(mesh=...)` makes it so, and all that is asked of it is computed there.
     """
 
-    def __init__(self, config: DecoderConfig, model: Decoder, tokenizer: Tokenizer | None = None):
-        self.config, self.model, self.tokenizer = config, model, tokenizer
+    def __init__(
+        self,
+        config: DecoderConfig,
+        model: Decoder,
+        tokenizer: Tokenizer | None = None,
+        partition: Partition | None = None,
+    ):
+        self.config, self.model, self.tokenizer, self.partition = config, model, tokenizer, partition
 
+    def scope(self) -> contextlib.AbstractContextManager[None]:
+        """For programs of your own on `model`: traced and called in here they run on its mesh, if it has one."""
+        return contextlib.nullcontext() if self.partition is None else self.partition.scope()
+
+    @_on_mesh
     def generate(
         self,
         prompt: Text | Sequence[Text],
@@ -106,6 +134,7 @@ class Gemma:
         done = complete(open_session(self, read, seed, sampling, edits), self.tokenizer, self.stop_ids)
         return done[0] if is_single else done
 
+    @_on_mesh
     def stream(
         self,
         prompt: Text,
@@ -125,6 +154,7 @@ class Gemma:
         read = prompting.assemble_all([prompt], images, self.tokenizer, self.config, options, audio)
         return stream(self, read, seed, sampling, edits)
 
+    @_on_mesh
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -172,6 +202,7 @@ class Gemma:
 
         return converse(answer, messages, tool_set(tools), form_of(tokenizer, tool_form), tokenizer, max_rounds, fits)
 
+    @_on_mesh
     def stream_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -191,6 +222,7 @@ class Gemma:
         sampling = {"max_new_tokens": self.config.context, **CHAT_SAMPLING, **sampling}
         return stream(self, [prompt], seed, sampling, edits)
 
+    @_on_mesh
     def translate(self, texts: str | Sequence[str], *, source: str, target: str, **sampling: Any) -> Any:
         """Translations of texts, of one or of several in a batch. For TranslateGemma; text in images goes by `chat`.
 
@@ -204,6 +236,7 @@ class Gemma:
         found = translations(self, self._need_tokenizer("translate"), several, source, target, sampling)
         return found[0] if isinstance(texts, str) else found
 
+    @_on_mesh
     def transcribe(
         self,
         audio: Any,
@@ -226,6 +259,7 @@ class Gemma:
         tokenizer, sounds = self._need_tokenizer("transcribe"), hearing.sources(audio)
         return transcripts(self, tokenizer, sounds, language, translate_to, audio_options, sampling)
 
+    @_on_mesh
     def logits(
         self,
         tokens: Int[Array, "B T"],
@@ -251,6 +285,7 @@ class Gemma:
         batch = self.batch(tokens, images, audio, mask)
         return _logits(edited(self.model, edits, len(batch[0])), *batch)
 
+    @_on_mesh
     def hidden_states(
         self,
         tokens: Int[Array, "B T"],
@@ -264,20 +299,24 @@ class Gemma:
         batch = self.batch(tokens, images, audio, mask)
         return _hidden_states(edited(self.model, edits, len(batch[0])), *batch)
 
+    @_on_mesh
     def see(self, images: Any, options: ImageOptions = ImageOptions()) -> Float[Array, "N M D"]:
         """The soft tokens of images, as the decoder gets them; see `generate`. Raises ValueError without a tower."""
         size, black = places.tower_of(self.config).image_size, places.black(self.config)
         return see(self.model, jnp.asarray(media.stack(media.sources(images), size, options, black)))
 
+    @_on_mesh
     def hear(self, audio: Any, options: AudioOptions = AudioOptions()) -> Float[Array, "N M D"]:
         """The soft tokens of sounds, or of all their clips, as the decoder gets them. Raises as `see`."""
         places.ears_of(self.config)
         return hear_all(self.model, [c for source in hearing.sources(audio) for c in hearing.clips(source, options)])
 
+    @_on_mesh
     def score(self, prompt: Text) -> Score:
         """Log-probability of each token of a text (or list of ids) given those before, mean nll and perplexity."""
         return scoring.score(self.model, self.ids(prompt))
 
+    @_on_mesh
     def embed(
         self,
         texts: str | Sequence[str],
@@ -308,6 +347,7 @@ class Gemma:
         found = embedding.embed(self.model, rows, dimension)
         return found[0] if isinstance(texts, str) else found
 
+    @_on_mesh
     def classify_image(
         self,
         image: Any,
@@ -352,6 +392,7 @@ class Gemma:
         Raises: FileExistsError if the destination is there; ConfigError for a model that the format cannot describe;
             ValueError for other names.
         """
+        refuse_stored(self.model, "a new checkpoint")
         precision = Precision(dtype or self.model.final_norm.scale.dtype.name, quantize)
         if self.model.embedder.fetch is not None:
             raise ValueError(

@@ -1,9 +1,10 @@
 """Tiny random models and their plain forward, built once for all tests."""
 
 import dataclasses
+import gc
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from gemma_jax.configs.gemma3n import layer_specs
 from gemma_jax.nn.decoder import Decoder, Stem
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.paths import parameters
+from tests.quick import compile_quickly
 from tests.vocabulary import PIECES, huggingface_data
 
+compile_quickly()
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: tests never ask the real hub
 FIXTURES = Path(__file__).parent / "fixtures"
 PLAIN_LENGTH = 64  # one compiled shape serves every sequence up to this length
@@ -97,6 +100,21 @@ def _with_random_norms(model: Stem, seed: int = 1) -> Stem:
             value = param[...] + generator.normal(0.0, 0.3, param[...].shape)
             param.set_raw_value(jnp.asarray(value, param[...].dtype))
     return model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs() -> Iterator[None]:
+    """Lets go of compiled programs before they use up the pieces of memory that Linux gives a process (65,530), or much
+    of the memory.
+    """
+    yield
+    maps, pages = Path("/proc/self/maps"), Path("/proc/self/statm")
+    if not maps.exists():
+        return
+    resident = int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if maps.read_bytes().count(b"\n") > 20_000 or resident > 4 * 2**30:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -275,7 +275,7 @@ def test_the_decoder_of_an_embedding_model_computes_what_transformers_does(embed
     gemma = gj.load(embedding)
     assert not gemma.config.attention.is_causal
     found = np.asarray(gemma.hidden_states(tokens, mask=mask))[-1]
-    np.testing.assert_allclose(found[mask], wanted[mask], atol=2e-5)
+    np.testing.assert_allclose(found[mask], wanted[mask], atol=5e-5)
 
 
 def test_embeddings_are_transformers(embedding):
@@ -284,11 +284,11 @@ def test_embeddings_are_transformers(embedding):
     gemma = gj.load(embedding)
     rows = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
     found = vectors.embed(gemma.model, rows, 48)
-    np.testing.assert_allclose(found, wanted, atol=2e-6)
-    np.testing.assert_allclose(vectors.embed(gemma.model, rows[:1], 48)[0], found[0], atol=2e-6)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.testing.assert_allclose(vectors.embed(gemma.model, rows[:1], 48)[0], found[0], atol=1e-5)
     short = vectors.embed(gemma.model, rows, 8)
     np.testing.assert_allclose(np.linalg.norm(short, axis=1), 1, atol=1e-6)
-    np.testing.assert_allclose(short, wanted[:, :8] / np.linalg.norm(wanted[:, :8], axis=1, keepdims=True), atol=2e-6)
+    np.testing.assert_allclose(short, wanted[:, :8] / np.linalg.norm(wanted[:, :8], axis=1, keepdims=True), atol=1e-5)
     with pytest.raises(ValueError, match="so it continues no text; it makes embeddings"):
         gemma.generate([2, 5])
 

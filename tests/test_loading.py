@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import gemma_checkpoints
 import gemma_jax as gj
-from gemma_checkpoints import CheckpointError
+from gemma_checkpoints import CheckpointError, encodings
 from gemma_jax.configs.config import ConfigError
 
 TOKENS = np.array([[2, 300, 17, 340, 5, 9, 9, 120, 33, 200, 7, 8]])
@@ -169,3 +169,29 @@ def test_a_folder_is_what_lies_in_it_and_not_what_lies_deeper(model_folder, tmp_
     gj.convert(model_folder, outer / "gemma", to="deepmind")
     with gemma_checkpoints.open(outer) as reader:
         assert reader.format == "deepmind"
+
+
+def test_rows_of_a_gguf_are_read_as_they_are_stored(saved_model, tmp_path):
+    config = saved_model.config
+    table = gemma_checkpoints.Layout((config.vocab_size, 64), encodings.Q8_0)
+    values = np.random.default_rng(0).normal(size=table.shape).astype(np.float32)
+    path = tmp_path / "rows.gguf"
+    with gemma_checkpoints.GGUFWriter(path, {"table": table}, {"general.architecture": "gemma3"}) as writer:
+        writer.put("table", values)
+    with gemma_checkpoints.open(path) as reader:
+        rows = np.empty((7, 2 * 34), np.uint8)
+        reader.read_rows("table", rows, start=3)
+        decoded = encodings.Q8_0.decode(rows.reshape(-1, 34)).reshape(7, 64)
+        np.testing.assert_array_equal(decoded, reader.read("table")[3:10])
+        with pytest.raises(ValueError, match=f"table has {config.vocab_size} rows of 68 bytes"):
+            reader.read_rows("table", rows, start=config.vocab_size - 6)
+        with pytest.raises(ValueError, match="of 68 bytes"):
+            reader.read_rows("table", rows[:, :34])
+        with pytest.raises(CheckpointError, match="no tensor 'chair'"):
+            reader.read_rows("chair", rows)
+
+
+def test_stored_weights_of_a_float32_folder_are_float32(model_folder, wanted):
+    gemma = gj.load(model_folder, dtype="stored", progress=False)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gemma.model)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(gemma.logits(TOKENS), wanted, atol=1e-5, rtol=0)

@@ -32,8 +32,8 @@ def points(gemma):
 
 def test_each_slice_is_scored_as_the_model_it_is(gemma, points):
     small = matformer.slice(gemma, ffw=8)
-    assert points[1].nll == pytest.approx(small.score(TOKENS).nll, abs=1e-5)
-    assert points[0].nll == pytest.approx(gemma.score(TOKENS).nll, abs=1e-5)
+    assert points[1].nll == pytest.approx(small.score(TOKENS).nll, abs=1e-3)
+    assert points[0].nll == pytest.approx(gemma.score(TOKENS).nll, abs=1e-3)
     assert [p.num_layers for p in points] == [8, 8, 6]
     assert points[1].ffw_widths == (8,) * 8
     saved = 3 * 32 * (3 * 64 + 5 * 48 - 8 * 8)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +19,22 @@ from gemma_jax.nn.cache import empty_cache
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.paths import parameters
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the compiler for TPU: tpu extra"
-)
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 
-def sharding() -> NamedSharding:
-    """One v5e."""
+def needs_libtpu(test: Any) -> Any:
+    """Marks a test as one of `make test-aot`, which has libtpu."""
+    skip = pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu, the compiler for TPU: tpu extra, make test-aot")
+    return pytest.mark.aot(skip(test))
+
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+def sharding(generation: str = "v5e") -> NamedSharding:
+    """One chip, or half of a tpu7x."""
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    device = topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
+    device = topologies.get_topology_desc(TOPOLOGIES[generation], "tpu").devices[0]
     return NamedSharding(Mesh(np.array([device]), ("one",)), PartitionSpec())
 
 
@@ -42,6 +50,11 @@ def abstract_model(config: DecoderConfig, where: NamedSharding, *, is_table_on_h
 
 def decode_program(model: Decoder, where: NamedSharding) -> jax.stages.Compiled:
     """The loop that decodes one row."""
+    return lowered_decoding(model, where).compile()
+
+
+def lowered_decoding(model: Decoder, where: NamedSharding) -> jax.stages.Lowered:
+    """The loop that decodes one row, not yet compiled."""
     rows = [sampling.sampling_params(temperature=0.0)]
     plan = sampling.plan(rows)
 
@@ -52,4 +65,4 @@ def decode_program(model: Decoder, where: NamedSharding) -> jax.stages.Compiled:
         return state, sampling.sampler(rows, model.config.vocab_size), limits, jnp.int32(0)
 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(inputs))
-    return engine.decode_chunk.lower(model, *shapes, plan, 32).compile()
+    return engine.decode_chunk.lower(model, *shapes, plan, 32)

@@ -11,12 +11,14 @@ from gemma_jax.generate.sampling import SamplingParams
 
 
 class Peer:
+    dtype = "float32"
+
     def versions(self) -> dict[str, str]:
         return {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
 
     def load(self, model: str, threads: int) -> None:
         """`threads` is heeded by XLA through the process's CPU affinity."""
-        self.gemma = gj.load(model, dtype="float32", progress=False)
+        self.gemma = gj.load(model, dtype=self.dtype, progress=False)
         jax.block_until_ready(self.gemma.model)
 
     def prefill(self, prompts: list[list[int]], new_tokens: int) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gemma_checkpoints.encodings import Encoding
 from gemma_checkpoints.reader import CheckpointError, Reader
 
 Region = tuple[slice, ...]  # of an array, one slice a dimension, each with a start and a stop
@@ -71,6 +72,15 @@ class Entry:
                     break
             start.append(first)
         return tuple(around), tuple(start)
+
+    def has_rows(self, num_inputs: int) -> bool:
+        """Whether each row of the file's tensor (its last dimension) holds what one output of a kernel needs: the first
+        `num_inputs` of our dimensions. With 0, whether it is a row of a table: all of our dimensions but the first.
+        """
+        count, order = len(self.shape), [axis for group in self._groups for axis in group]
+        wanted = [*range(num_inputs, count), *range(num_inputs)]
+        last = tuple(range(num_inputs)) if num_inputs else tuple(range(1, count))
+        return order == wanted and self._groups[-1] == last and not self.offset
 
     def stored(self, ours: np.ndarray) -> np.ndarray:
         """What the file holds for an array of ours (of a stack: this one's part)."""
@@ -156,6 +166,21 @@ class Weights:
         if not is_same:
             cut = (slice(r.start - a.start, r.stop - a.start) for r, a in zip(region, around, strict=True))
             out[...] = target[tuple(cut)]
+
+    def encoding(self, path: str) -> Encoding | None:
+        """How the file stores a weight; None for an optional one that is not there."""
+        name = self.source_name(path)
+        return None if name is None else self.reader.tensors[name].encoding
+
+    def read_rows(self, path: str, out: np.ndarray) -> None:
+        """Fills uint8 `out` [rows, bytes of a row] with all rows of a weight as they are stored, undecoded; see
+        `Entry.has_rows`. Raises as `Reader.read_rows`.
+        """
+        entry, member = self.entries[path], 0
+        for place, count in zip(entry.index, entry.stack, strict=True):
+            member = member * count + place
+        rows_each = math.prod(entry.source_shape[len(entry.stack) : -1])
+        self.reader.read_rows(self._names[entry.source], out, member * rows_each)
 
     def _fill(self, entry: Entry, view: np.ndarray, start: Sequence[int]) -> None:
         self.reader.read(self._names[entry.source], out=view.reshape((1,) * len(entry.stack) + view.shape), start=start)

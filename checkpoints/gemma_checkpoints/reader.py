@@ -91,6 +91,26 @@ class Reader:
             self._fill(info, out, begin)
         return out
 
+    def read_rows(self, name: str, out: np.ndarray, start: int = 0) -> None:
+        """Fills uint8 `out` [rows, bytes of a row] with rows as they are stored, undecoded, from row `start` on.
+
+        A row is the last dimension; all before it count as one. Only for files in which tensors lie whole.
+        Raises: CheckpointError if there is no such tensor or the file is damaged; ValueError for a wrong `out`.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}")
+        info = self.tensors[name]
+        row_bytes, num_rows = info.encoding.num_bytes(info.shape[-1]), info.size // info.shape[-1]
+        is_whole = out.dtype == np.uint8 and out.flags.c_contiguous and out.shape[1:] == (row_bytes,)
+        if not is_whole or start < 0 or start + len(out) > num_rows:
+            raise ValueError(
+                f"out is {out.dtype}{list(out.shape)} from row {start}; {name} has {num_rows} rows of {row_bytes} bytes"
+            )
+        flat = out.reshape(-1)
+        for at in range(0, len(flat), PIECE_BYTES):
+            piece = self._bytes(info, info.offset + start * row_bytes + at, min(PIECE_BYTES, len(flat) - at))
+            flat[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+
     def _fill(self, info: TensorInfo, out: np.ndarray, begin: tuple[int, ...]) -> None:
         """Reads whole rows, those that `out` has, and keeps of each what it has.
 

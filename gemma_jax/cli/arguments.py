@@ -36,7 +36,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lora", metavar="ADAPTER", help="merge a LoRA adapter into the weights")
     parser.add_argument("--revision", help="of a repository of the hub: a branch, tag or commit")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "stored"),
+        help="of weights; stored: as the file has them, small and fast on a CPU, which auto is for a GGUF there",
+    )
     add_ple(parser)
     parser.add_argument("--no-compilation-cache", action="store_true", help="compile every program anew")
 
@@ -126,17 +131,23 @@ def load(options: argparse.Namespace) -> "Gemma":
         given = sampling(options)
         sampling_params(**{**given, "stop": tuple(given.get("stop", ()))})
     from gemma_jax.compilation import enable_compilation_cache
-    from gemma_jax.loading import load
 
     if not options.no_compilation_cache:
         enable_compilation_cache()
-    given = {name: getattr(options, name) for name in ("dtype", "overrides", "lora", "revision", "ple")}
-    return load(options.model, **given)
+    given = {name: getattr(options, name) for name in ("overrides", "lora", "ple")}
+    may_be_stored = options.lora is None and options.ple != "host"
+    return _loaded(options.model, options.dtype, may_be_stored, revision=options.revision, **given)
+
+
+def _loaded(source: str, dtype: str, may_be_stored: bool, revision: str | None = None, **given: Any) -> "Gemma":
+    """The model, in the dtype for inference if none is asked for."""
+    from gemma_jax.loading import find, inference_dtype, load
+
+    path = find(source, revision=revision)
+    return load(path, dtype=inference_dtype(path) if dtype == "auto" and may_be_stored else dtype, **given)
 
 
 def draft(options: argparse.Namespace) -> dict[str, Any]:
     """The draft, loaded, and the number of its tokens, if they were given."""
-    from gemma_jax.loading import load
-
     given = {} if options.draft_tokens is None else {"draft_tokens": options.draft_tokens}
-    return given if options.draft is None else {"draft": load(options.draft, dtype=options.dtype), **given}
+    return given if options.draft is None else {"draft": _loaded(options.draft, options.dtype, True), **given}

@@ -12,11 +12,11 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from gemma_jax.cli import chat, classify, convert, embed, generate, inspect, score, slice, transcribe, verify
+from gemma_jax.cli import chat, classify, convert, embed, generate, inspect, plan, score, slice, transcribe, verify
 
 INTERRUPTED = 130
 GRACE = 10.0  # seconds in which an interrupted command may tidy up
-VERBS = (generate, chat, transcribe, score, embed, classify, inspect, convert, slice, verify)
+VERBS = (generate, chat, transcribe, score, embed, classify, inspect, convert, slice, verify, plan)
 
 
 def parser() -> argparse.ArgumentParser:

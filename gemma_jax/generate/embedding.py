@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gemma_jax.configs.config import DecoderConfig
+from gemma_jax.nn import logical
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.masks import Places
 from gemma_jax.text.tokenizer import Tokenizer
@@ -63,7 +64,7 @@ def check_dimension(dimension: int | None, config: DecoderConfig) -> int:
 @jax.jit
 def _embed(model: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B E"]:
     states, _ = model.hidden(tokens, Places.of(mask))
-    return model.pool(states, mask)
+    return logical.replicated(model.pool(states, mask))
 
 
 def embed(model: Decoder, rows: Sequence[Sequence[int]], dimension: int) -> Float[np.ndarray, "N dimension"]:

@@ -4,10 +4,12 @@ Python is entered once for each chunk of tokens, never per token. Rows of a batc
 token has position `cache.lengths[b]`, so unequal prompts share one program and no row sees another's padding.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +19,14 @@ from jaxtyping import Array, Float, Int
 from gemma_jax.configs.config import VisionConfig
 from gemma_jax.generate import sampling
 from gemma_jax.generate.sampling import Plan, Sampler, SamplingParams
+from gemma_jax.nn import logical
 from gemma_jax.nn.cache import Cache, capacity_bucket, empty_cache
 from gemma_jax.nn.decoder import Decoder, Inserted
 from gemma_jax.nn.edited import Edited
 from gemma_jax.nn.masks import Places
 
 PREFILL_CHUNK = 512  # tokens a row taken at once; the score matrix is at most chunk x (window + chunk)
+SPREAD_CHUNK = 8192  # ... by each device, where several share a row: what they hold of each other's ffws travels once
 SMALLEST_CHUNK = 16
 DECODE_CHUNK = 32  # tokens between two looks from Python
 MAX_STOP_IDS = 8
@@ -75,9 +79,9 @@ def prefill_chunk(
     """Adds the first `counts` tokens of each row to the cache; `last` keeps each row's newest hidden vector."""
     column = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     positions = jnp.where(column < counts[:, None], cache.lengths[:, None] + column, -1)
-    where = Places(positions)
+    where = Places(positions, is_dense=True)
     if inserted is not None and isinstance(model.config.vision, VisionConfig):
-        where = Places(positions, blocks=inserted.blocks(model.config.vision.num_soft_tokens))
+        where = replace(where, blocks=inserted.blocks(model.config.vision.num_soft_tokens))
     newest = jnp.maximum(counts - 1, 0)
     x, cache_after = model.hidden(tokens, where, cache, inserted=inserted, is_cache_empty=is_first, last=newest)
     assert cache_after is not None
@@ -98,7 +102,17 @@ def first_token(
     batch = last.shape[0]
     idle = jnp.zeros((batch,), jnp.int32)
     state = State(cache, idle, idle, limits.steps <= 0, seen)
-    return draw(logits_at(model, last[:, None], cache.lengths[:, None] - 1)[:, 0], state, rows, limits, plan)
+    logits = logits_at(model, last[:, None], cache.lengths[:, None] - 1)[:, 0]
+    return at_rest(*draw(logits, state, rows, limits, plan))
+
+
+def at_rest(state: State, drawn: Drawn) -> tuple[State, Drawn]:
+    """What a program gives back, lying as each of them does on a mesh: so the next one is not compiled for another
+    place, and every process can read what was drawn.
+    """
+    tokens, steps, is_done, drawn = logical.replicated((state.tokens, state.steps, state.is_done, drawn))
+    seen = None if state.seen is None else logical.constrain(state.seen, "batch", "act_vocab")
+    return State(state.cache, tokens, steps, is_done, seen), drawn
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "size"), donate_argnames="state")
@@ -113,13 +127,7 @@ def decode_chunk(
 
     def step(carry: tuple[jax.Array, State, Drawn]) -> tuple[jax.Array, State, Drawn]:
         i, state, sofar = carry
-        positions = jnp.where(state.is_done, -1, state.cache.lengths)[:, None]
-        x, cache = model.hidden(state.tokens[:, None], Places(positions), state.cache)
-        assert cache is not None
-        state = State(cache, state.tokens, state.steps, state.is_done, state.seen)
-        # the cache now ends with the token whose vector `x` is
-        logits = logits_at(model, x, cache.lengths[:, None] - 1)[:, 0]
-        state, drawn = draw(logits, state, rows, limits, plan)
+        state, drawn = decode_step(model, state, rows, limits, plan)
 
         def put(buffer: jax.Array, new: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(buffer, new, i, axis=1)
@@ -128,7 +136,18 @@ def decode_chunk(
 
     start = (jnp.int32(0), state, none_drawn(state.tokens.shape[0], size, plan))
     _, state, drawn = jax.lax.while_loop(more, step, start)
-    return state, drawn
+    return at_rest(state, drawn)
+
+
+def decode_step(model: Model, state: State, rows: Sampler, limits: Limits, plan: Plan) -> tuple[State, Drawn]:
+    """Takes each row's last token in and draws the next."""
+    positions = jnp.where(state.is_done, -1, state.cache.lengths)[:, None]
+    x, cache = model.hidden(state.tokens[:, None], Places(positions), state.cache)
+    assert cache is not None
+    state = State(cache, state.tokens, state.steps, state.is_done, state.seen)
+    # the cache now ends with the token whose vector `x` is
+    logits = logits_at(model, x, cache.lengths[:, None] - 1)[:, 0]
+    return draw(logits, state, rows, limits, plan)
 
 
 def joined(before: Drawn, new: Drawn, put: Callable[[jax.Array, jax.Array], jax.Array]) -> Drawn:
@@ -161,25 +180,31 @@ def draw(logits: Float[Array, "B V"], state: State, rows: Sampler, limits: Limit
     seen = state.seen
     if seen is not None:
         seen = seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
-    after = State(state.cache, tokens, steps, state.is_done | is_stop | (steps >= limits.steps), seen)
-    drawn = Drawn(tokens[:, None], (~state.is_done).astype(jnp.int32))
+    is_done = state.is_done | is_stop | (steps >= limits.steps)
+    tokens, steps, is_done, counts = logical.replicated((tokens, steps, is_done, (~state.is_done).astype(jnp.int32)))
+    after, drawn = State(state.cache, tokens, steps, is_done, seen), Drawn(tokens[:, None], counts)
     if plan.num_logprobs is not None:
         chosen, best, ids = sampling.logprobs(logits, tokens, plan.num_logprobs)
-        drawn = Drawn(drawn.tokens, drawn.counts, chosen[:, None], best[:, None], ids[:, None])
+        others = logical.replicated((chosen[:, None], best[:, None], ids[:, None]))
+        drawn = Drawn(drawn.tokens, drawn.counts, *others)
     return after, drawn
 
 
-def chunk_sizes(length: int, chunk: int = PREFILL_CHUNK) -> list[int]:
+def chunk_sizes(length: int, chunk: int | None = None) -> list[int]:
     """The buckets a prompt of `length` tokens is cut into: whole chunks, then powers of two, the last one padded.
 
-    300 -> 256, 64. So every prompt is served by a handful of programs and little is computed for nothing.
+    300 -> 256, 64. So every prompt is served by a handful of programs and little is computed for nothing. `chunk` is
+    PREFILL_CHUNK, and where the devices of a mesh share a row SPREAD_CHUNK for each, all of which get equal parts.
     """
+    devices = logical.parts("act_seq")
+    chunk = chunk or (PREFILL_CHUNK if devices == 1 else SPREAD_CHUNK * devices)
+    smallest = SMALLEST_CHUNK * devices
     sizes = []
     while length > 0:
         size = chunk
-        while size > SMALLEST_CHUNK and size > length:
+        while size > smallest and size > length:
             size //= 2
-        if size < length < 4 * SMALLEST_CHUNK and 2 * size <= chunk:
+        if size < length < 4 * smallest and 2 * size <= chunk:
             size *= 2
         sizes.append(size)
         length -= size
@@ -214,7 +239,7 @@ def prefill(
     model: Model,
     prompts: Sequence[Sequence[int]],
     capacity: int,
-    chunk: int = PREFILL_CHUNK,
+    chunk: int | None = None,
     soft: Soft | None = None,
     slack: int = 0,
 ) -> tuple[Cache, Float[Array, "B D"]]:
@@ -245,7 +270,7 @@ def prefill(
 
 @jax.jit
 def _chosen_logits(model: Decoder, last: Float[Array, "B D"], ids: Int[Array, " n"]) -> Float[Array, "B n"]:
-    return model.logits(last)[:, ids]
+    return logical.replicated(model.logits(last)[:, ids])
 
 
 def next_logits(
@@ -270,7 +295,8 @@ class Step:
 class Session:
     """A batch from prompt to last token. Iterate to get, chunk by chunk, a `Step` for each row.
 
-    `finish(row)` ends a row early (a stop text was found); the others go on.
+    `finish(row)` ends a row early (a stop text was found); the others go on. `prefill_chunk`: tokens of a row taken at
+    once; see `chunk_sizes`. `scope`: of the mesh that the model lies on.
     """
 
     slack = 0  # tokens that may be taken back
@@ -282,9 +308,10 @@ class Session:
         params: Sequence[SamplingParams],
         stop_ids: Sequence[int],
         *,
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
         capacity: int | None = None,
         soft: Soft | None = None,
+        scope: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ):
         check_prompts(model, prompts)
         if not model.config.attention.is_causal:
@@ -301,7 +328,7 @@ class Session:
         if capacity is not None and capacity < needed + self.slack:
             raise ValueError(f"capacity is {capacity}; prompt and answer need {needed + self.slack} slots")
         self.model, self.prompts, self.params, self.chunk = model, prompts, params, prefill_chunk
-        self.soft = soft
+        self.soft, self.scope = soft, scope
         self.plan = sampling.plan(params)
         self.rows = sampling.sampler(params, model.config.vocab_size)
         self.limits = Limits(jnp.asarray(steps, jnp.int32), _stop_table(params, stop_ids))
@@ -313,6 +340,15 @@ class Session:
         self._ended[row] = True
 
     def __iter__(self) -> Iterator[list[Step]]:
+        steps = self._run()
+        while True:
+            with self.scope():  # not across a yield: it is the thread's, and the caller's programs are not for the mesh
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
+
+    def _run(self) -> Iterator[list[Step]]:
         cache, last = prefill(self.model, self.prompts, self.capacity, self.chunk, self.soft, self.slack)
         seen = self._seen() if self.plan.penalises else None
         state, drawn = first_token(self.model, last, cache, seen, self.rows, self.limits, self.plan)

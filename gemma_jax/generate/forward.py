@@ -35,7 +35,8 @@ def batch(
     elif np.shape(mask) != array.shape:
         raise ValueError(f"mask has shape {np.shape(mask)}, but tokens has {array.shape}; wanted the same")
     else:
-        where = Places.of(jnp.asarray(mask, bool))
+        real = np.asarray(mask, bool)
+        where = Places.of(jnp.asarray(real), is_dense=bool(np.all(real[:, :-1] >= real[:, 1:])))
     if not pictures and not clips:
         return jnp.asarray(ids, jnp.int32), where, None
     pixels = None

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import jax
@@ -31,6 +32,8 @@ class Speaker(Protocol):
     config: DecoderConfig
     model: Decoder
     tokenizer: Tokenizer | None
+
+    def scope(self) -> AbstractContextManager[None]: ...
 
     @property
     def stop_ids(self) -> tuple[int, ...]: ...
@@ -83,8 +86,8 @@ def open_session(
             draft = dataclasses.replace(draft, soft=_sensed_by(draft.model, prompts, index, gemma.config))
     model = edited(gemma.model, edits, len(ids))
     if draft is None:
-        return Session(model, ids, rows, gemma.stop_ids, soft=soft)
-    return SpeculativeSession(model, draft, ids, rows, gemma.stop_ids, soft=soft)
+        return Session(model, ids, rows, gemma.stop_ids, soft=soft, scope=gemma.scope)
+    return SpeculativeSession(model, draft, ids, rows, gemma.stop_ids, soft=soft, scope=gemma.scope)
 
 
 def soft_places(prompts: Sequence[Prompt], config: DecoderConfig) -> list[np.ndarray]:
@@ -130,7 +133,7 @@ def _rows(
 
 
 def _draft(gemma: Speaker, draft: Speaker | None = None, draft_tokens: int | None = None) -> Draft | None:
-    """Raises ValueError for a draft of another vocabulary."""
+    """Raises ValueError for a draft of another vocabulary, or on another mesh."""
     if draft is None:
         if draft_tokens is not None:
             raise ValueError(f"draft_tokens is {draft_tokens}, but there is no draft; give one")
@@ -146,5 +149,10 @@ def _draft(gemma: Speaker, draft: Speaker | None = None, draft_tokens: int | Non
         raise ValueError(
             f"the draft, {draft.config.name}, has another vocabulary than {gemma.config.name}; a draft has to speak of "
             "the same tokens"
+        )
+    here, there = (one.model.final_norm.scale.get_raw_value().sharding.device_set for one in (gemma, draft))
+    if len(here) > 1 and len(there) > 1 and here != there:
+        raise ValueError(
+            f"the draft, {draft.config.name}, lies on other devices than {gemma.config.name}; load both with one mesh"
         )
     return Draft(draft.model, DRAFT_TOKENS if draft_tokens is None else draft_tokens)

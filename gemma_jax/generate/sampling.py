@@ -10,9 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int
 
-MASKED = -jnp.inf
+from gemma_jax.generate import filters
+from gemma_jax.nn import logical
+
 MAX_LOGPROBS = 100
 
 
@@ -109,13 +112,16 @@ class Sampler:
 def sampler(rows: Sequence[SamplingParams], vocab_size: int) -> Sampler:
     """The parameters of a batch as arrays. Rows without a seed get one of their own."""
     seeds = [secrets.randbits(63) if row.seed is None else int(row.seed) for row in rows]
+    keys = np.asarray([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32)
+    if logical.is_spread() and any(row.seed is None for row in rows):  # all processes draw the same
+        keys = np.asarray(multihost_utils.broadcast_one_to_all(keys))
     return Sampler(
         temperature=jnp.asarray([row.temperature for row in rows], jnp.float32),
         top_k=jnp.asarray([min(row.top_k or vocab_size, vocab_size) for row in rows], jnp.int32),
         top_p=jnp.asarray([row.top_p for row in rows], jnp.float32),
         min_p=jnp.asarray([row.min_p for row in rows], jnp.float32),
         repetition_penalty=jnp.asarray([row.repetition_penalty for row in rows], jnp.float32),
-        keys=jnp.asarray([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], jnp.uint32),
+        keys=jnp.asarray(keys),
     )
 
 
@@ -130,6 +136,7 @@ def sample(
 
     `step` counts the tokens drawn for the row before; `seen` marks tokens of prompt and answer (plan.penalises).
     """
+    logits = logits.astype(jnp.float32)  # of a model in float64 too
     if plan.penalises and seen is not None:
         penalty = rows.repetition_penalty[:, None]
         logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
@@ -140,7 +147,7 @@ def sample(
     logits = logits - jnp.max(logits, axis=-1, keepdims=True)
     logits = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
     if plan.filters:
-        logits = _filtered(logits, rows)
+        logits = filters.filtered(logits, rows.top_k, rows.top_p, rows.min_p)
 
     def noise(key: jax.Array, step: jax.Array) -> jax.Array:
         key = jax.random.wrap_key_data(key, impl="threefry2x32")
@@ -157,46 +164,14 @@ def _argmax(x: Float[Array, "B V"]) -> Int[Array, " B"]:
     return jnp.min(place, axis=-1)
 
 
-def _filtered(logits: Float[Array, "B V"], rows: Sampler) -> Float[Array, "B V"]:
-    """Logits with all but the kept tokens at minus infinity: top-k, then top-p of what is left, then min-p."""
-    order = _order(logits)
-    kept = order >= _threshold(order, jnp.ones_like(logits), rows.top_k.astype(jnp.float32))[:, None]
-    weights = jnp.where(kept, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0.0)
-    # a top_p so small that the product is 0 keeps the best token all the same
-    mass = jnp.maximum(rows.top_p * jnp.sum(weights, axis=-1), jnp.finfo(jnp.float32).tiny)
-    kept &= order >= _threshold(order, weights, mass)[:, None]
-    kept &= weights >= rows.min_p[:, None]  # the best token has weight 1
-    return jnp.where(kept, logits, MASKED)
-
-
-def _order(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
-    """float32 as uint32 in the same order."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(0x80000000))
-
-
-def _threshold(order: Int[Array, "B V"], mass: Float[Array, "B V"], wanted: Float[Array, " B"]) -> Int[Array, " B"]:
-    """The greatest value such that the entries at or above it weigh at least `wanted`, found bit by bit.
-
-    32 sums over the vocabulary instead of a sort: no order of the whole row is needed, and sums shard.
-    """
-
-    def bit(i: jax.Array, least: jax.Array) -> jax.Array:
-        trial = least | (jnp.uint32(1) << (jnp.uint32(31) - i.astype(jnp.uint32)))
-        above = jnp.sum(jnp.where(order >= trial[:, None], mass, 0.0), axis=-1)
-        return jnp.where(above >= wanted, trial, least)
-
-    return jax.lax.fori_loop(0, 32, bit, jnp.zeros(order.shape[:1], jnp.uint32))
-
-
 def logprobs(
     logits: Float[Array, "B V"], tokens: Int[Array, " B"], count: int
 ) -> tuple[Float[Array, " B"], Float[Array, "B n"], Int[Array, "B n"]]:
     """Log-probabilities of the chosen tokens and of the `count` most likely ones, with their ids; natural logarithm."""
     total = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - total
-    best, ids = jax.lax.top_k(logits, count)
-    return chosen, best - total[:, None], ids.astype(jnp.int32)
+    best, ids = filters.best(logits, count)
+    return chosen, best - total[:, None], ids
 
 
 def sampling_params(**sampling: Any) -> SamplingParams:

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gemma_jax.generate.engine import PREFILL_CHUNK, check_prompts, chunk_sizes
+from gemma_jax.generate.engine import check_prompts, chunk_sizes
+from gemma_jax.nn import logical
 from gemma_jax.nn.cache import Cache, capacity_bucket, empty_cache
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.masks import Places
-
-LOGIT_ROWS = 64  # positions whose logits are held at once: 64 MiB of float32 for Gemma's vocabulary
 
 
 @dataclass(frozen=True)
@@ -48,29 +47,22 @@ def score_chunk(
     """Log-probability of each target after its token; only the first `count` columns are real."""
     column = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     positions = jnp.where(column < count, cache.lengths[:, None] + column, -1)
-    x, cache_after = model.hidden(tokens, Places(positions), cache, is_cache_empty=is_first)
+    x, cache_after = model.hidden(tokens, Places(positions, is_dense=True), cache, is_cache_empty=is_first)
     assert cache_after is not None
-    rows = math.gcd(tokens.shape[1], LOGIT_ROWS)
-
-    def some(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits = model.logits(inputs[0])
-        chosen = jnp.take_along_axis(logits, inputs[1][:, None], axis=-1)[:, 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-    pieces = (x.reshape(-1, rows, x.shape[-1]), targets.reshape(-1, rows))
-    return cache_after, jax.lax.map(some, pieces).reshape(-1)
+    return cache_after, logical.replicated(-model.losses(x[0], targets[0]))
 
 
-def score(model: Decoder, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> Score:
+def score(model: Decoder, tokens: Sequence[int], chunk: int | None = None) -> Score:
     """Scores one sequence of at least two tokens. Raises ValueError as generation does for bad ids and lengths."""
     check_prompts(model, [tokens])
     if len(tokens) < 2:
         raise ValueError(f"{len(tokens)} token has nothing to be scored against; give at least two, BOS included")
     cache = empty_cache(model.config, 1, capacity_bucket(len(tokens)), model.final_norm.scale.dtype)
-    padded = np.zeros((1, len(tokens) + chunk), np.int32)
+    sizes = chunk_sizes(len(tokens) - 1, chunk)
+    padded = np.zeros((1, len(tokens) + max(sizes)), np.int32)
     padded[0, : len(tokens)] = tokens
     logprobs, start = [], 0
-    for size in chunk_sizes(len(tokens) - 1, chunk):
+    for size in sizes:
         count = min(size, len(tokens) - 1 - start)
         inputs, targets = padded[:, start : start + size], padded[:, start + 1 : start + 1 + size]
         cache, values = score_chunk(model, inputs, targets, np.int32(count), cache, start == 0)

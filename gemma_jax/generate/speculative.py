@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from gemma_jax.generate import engine, sampling
 from gemma_jax.generate.engine import DECODE_CHUNK, Drawn, Limits, Model, Session, Soft, State, Step, prefill
 from gemma_jax.generate.sampling import Plan, Sampler
+from gemma_jax.nn import logical
 from gemma_jax.nn.cache import Cache
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.masks import Places
@@ -99,7 +100,10 @@ def speculate_chunk(
         )
 
     start = (state, drafting, engine.none_drawn(state.tokens.shape[0], size + ahead, plan))
-    return jax.lax.while_loop(more, step, start)
+    state, drafting, drawn = jax.lax.while_loop(more, step, start)
+    counters = logical.replicated((drafting.previous, drafting.proposed, drafting.accepted))
+    state, drawn = engine.at_rest(state, drawn)
+    return state, Drafting(drafting.cache, *counters), drawn
 
 
 def _propose(
@@ -186,12 +190,12 @@ class SpeculativeSession(Session):
         self.draft, self.slack = draft, draft.num_tokens
         super().__init__(model, *prompts, **options)
 
-    def __iter__(self) -> Iterator[list[Step]]:
+    def _run(self) -> Iterator[list[Step]]:
         cache, _ = prefill(
             self.draft.model, self.prompts, self.capacity, self.chunk, self.draft.soft, self.draft.num_tokens
         )
         self._drafting = Drafting(cache, *(jnp.zeros((len(self.prompts),), jnp.int32) for _ in range(3)))
-        yield from super().__iter__()
+        yield from super()._run()
 
     def _decode(self, state: State, num_steps: np.int32) -> tuple[State, Drawn]:
         state, self._drafting, drawn = speculate_chunk(

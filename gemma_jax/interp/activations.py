@@ -53,8 +53,9 @@ def capture(
     Raises ValueError for a site that the model does not have, with those it has.
     """
     names = tuple(find(gemma.config, [sites] if isinstance(sites, str) else sites))
-    batch = gemma.batch(tokens, images, mask=mask)
-    found = forward(gemma.model, *batch, prepared(gemma.config, edits, len(batch[0])), names)
+    with gemma.scope():
+        batch = gemma.batch(tokens, images, mask=mask)
+        found = forward(gemma.model, *batch, prepared(gemma.config, edits, len(batch[0])), names)
     return {name: found[name] for name in names}
 
 

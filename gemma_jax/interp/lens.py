@@ -47,7 +47,8 @@ def logit_lens(gemma: Gemma, tokens: Int[Array, "B T"], keep: int | Sequence[int
     found = capture(gemma, tokens, sites, **inputs)
     states = jnp.stack([found[name] for name in sites])
     count = int(keep) if ids is None else len(keep)  # pyright: ignore
-    best, logprobs = _look(gemma.model, states.reshape(-1, states.shape[-1]), ids, count)
+    with gemma.scope():
+        best, logprobs = _look(gemma.model, states.reshape(-1, states.shape[-1]), ids, count)
     shape = (*states.shape[:-1], count)
     return Lens(best.reshape(shape), logprobs.reshape(shape))
 

@@ -51,4 +51,4 @@ def slice(
         raise TypeError(f"a {type(given).__name__} was given; wanted a Gemma, and a Slicing or ffw= and skip=")
     whole, slicing = composed(gemma.model, slicing or wanted)
     small = cut(whole, slicing) if copy else SharedSlice(whole, slicing)
-    return Gemma(small.config, small, gemma.tokenizer)
+    return Gemma(small.config, small, gemma.tokenizer, gemma.partition)

@@ -28,10 +28,12 @@ from jaxtyping import Array, Bool, Float
 
 from gemma_jax.configs.config import ConfigError, DecoderConfig
 from gemma_jax.configs.slicing import Slicing
-from gemma_jax.nn import host
+from gemma_jax.nn import host, logical
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.masks import Places
+from gemma_jax.nn.scanned import ScannedDecoder
 from gemma_jax.nn.sliced import cut, standing
+from gemma_jax.nn.stored import refuse_stored
 
 Mixture = Slicing | Iterable[Slicing] | Mapping[Slicing, float]  # without weights all count alike
 Shares = tuple[tuple[Slicing, float], ...]  # weights that sum to 1
@@ -59,17 +61,13 @@ class State:
 Step = Callable[[State, Batch, Mixture], tuple[State, Metrics]]
 
 
-def next_token_loss(model: Decoder, batch: Batch) -> Float[Array, ""]:
-    """Mean negative log-likelihood of the real targets, in nats; 0 if there are none.
-
-    The whole batch's logits are held at once, B * T * V floats.
-    """
+def next_token_loss(model: Decoder | ScannedDecoder, batch: Batch) -> Float[Array, ""]:
+    """Mean negative log-likelihood of the real targets, in nats; 0 if there are none."""
     where = batch.where or Places.plain(*batch.tokens.shape)
-    logits = model(batch.tokens, where)[:, :-1]
-    is_real = is_target(where)
-    targets = jnp.where(is_real, batch.tokens[:, 1:], 0)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nll = jnp.where(is_real, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
+    x, _ = model.hidden(batch.tokens, where)
+    # the last column, which has no target, stays: a mesh divides all T columns or none
+    is_real = jnp.pad(is_target(where), [(0, 0), (0, 1)])
+    nll = jnp.where(is_real, model.losses(x, jnp.where(is_real, jnp.roll(batch.tokens, -1, axis=1), 0)), 0.0)
     return jnp.sum(nll) / jnp.maximum(jnp.sum(is_real), 1)
 
 
@@ -103,6 +101,7 @@ def start(model: Decoder, optimizer: optax.GradientTransformation) -> State:
         raise TypeError(f"a {type(model).__name__} cannot be trained; wanted a Decoder, such as gemma.model")
     if model.embedder.fetch is not None:
         raise ValueError("the per-layer embeddings are mapped from a checkpoint; load the model without mapping them")
+    refuse_stored(model, "training")
     if any(map(host.is_on_host, jax.tree.leaves(model))):
         raise ValueError("the per-layer embeddings are on the host; to train them, load the model with ple='device'")
     params: Any = jax.tree.map(jnp.copy, standing(model))  # Any: optax's types name trees of arrays alone
@@ -128,8 +127,9 @@ def make_step(optimizer: optax.GradientTransformation) -> Step:
         (value, losses), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, params)
         params = optax.apply_updates(params, updates)
+        after = logical.at_rest(State(params, optimizer_state))
         metrics = {"loss": value, "losses": losses, "gradient_norm": optax.tree.norm(gradients)}
-        return State(params, optimizer_state), metrics
+        return after, metrics
 
     def step(state: State, batch: Batch, mixture: Mixture) -> tuple[State, Metrics]:
         shares = normalised(mixture)

@@ -12,7 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gemma_jax.configs.config import DecoderConfig
+from gemma_jax.nn import logical
 from gemma_jax.nn.masks import Places
+
+SLACK = 16
 
 
 @jax.tree_util.register_dataclass
@@ -37,8 +40,9 @@ def slot_counts(config: DecoderConfig, capacity: int, slack: int = 0) -> tuple[i
     """Slots of each layer's cache for `capacity` tokens of context; none where it reads another layer's.
 
     A ring with `slack` slots more than its window forgets nothing visible when as many new tokens are taken back,
-    which is done by setting `Cache.lengths`.
+    which is done by setting `Cache.lengths`. Slack is rounded up to whole registers of a TPU.
     """
+    slack = -(-slack // SLACK) * SLACK
     windows = (config.kind(spec).window for spec in config.layers)
     return tuple(
         0 if spec.kv_source is not None else capacity if window is None else min(window + slack, capacity)
@@ -56,10 +60,16 @@ def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dty
     """A cache for rows of at most `capacity` tokens. Writing more than that is the caller's error."""
     heads, width = config.attention.num_kv_heads, config.attention.head_dim
     layers = []
-    for slots in slot_counts(config, capacity, slack):
-        shape = (batch, heads, slots, width)
-        layers.append(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
-    return Cache(tuple(layers), jnp.zeros((batch,), jnp.int32))
+    for spec, slots in zip(config.layers, slot_counts(config, capacity, slack), strict=True):
+        names = slot_names(is_global=config.kind(spec).window is None)
+        keys, values = (logical.zeros((batch, heads, slots, width), dtype, *names) for _ in range(2))
+        layers.append(LayerCache(keys, values))
+    return Cache(tuple(layers), logical.zeros((batch,), jnp.int32, "batch"))
+
+
+def slot_names(*, is_global: bool) -> tuple[str | None, ...]:
+    """Logical names of a layer's keys [B, K, S, H]: a global cache's slots are others than a ring's."""
+    return "batch", "kv_heads", "kv_seq" if is_global else "kv_win", None
 
 
 def slot_places(lengths: Int[Array, " B"], slots: int) -> Places:
@@ -81,17 +91,21 @@ def store(
     values: Float[Array, "B K T H"],
     where: Places,
     lengths: Int[Array, " B"],
+    share: tuple[jax.Array, int] | None = None,
 ) -> LayerCache:
     """Writes the new tokens into their slots. Real tokens stand first in a row; padding (position -1) leaves no trace
     that a later token could see.
 
     `lengths` is the number of tokens stored before. When more tokens come than there are slots the last ones stay.
+    `share`: the cache at hand is a part of a larger one: its first slot, and how many that has.
     """
-    slots = cache.keys.shape[2]
+    here = cache.keys.shape[2]
+    first, slots = (0, here) if share is None else share
     if keys.shape[2] == 1:
-        return _store_one(cache, keys, values, where, lengths)
+        return _store_one(cache, keys, values, where, lengths % slots - first)
     # Seen from a slot: which of the new tokens does it hold afterwards, if any? Works for any T, wrap and padding.
     held = slot_places(advance(lengths, where), slots).positions
+    held = held if share is None else jax.lax.dynamic_slice_in_dim(held, first, here, axis=1)
     index = held - lengths[:, None]
     is_new = (index >= 0)[:, None, :, None]
     index = jnp.clip(index, 0, keys.shape[2] - 1)[:, None, :, None]
@@ -103,26 +117,30 @@ def store(
     return LayerCache(renewed(cache.keys, keys), renewed(cache.values, values))
 
 
-def _store_one(cache: LayerCache, keys: jax.Array, values: jax.Array, where: Places, lengths: jax.Array) -> LayerCache:
-    """One token a row, row by row up to the last real one; padding before it is written too.
+def _store_one(
+    cache: LayerCache, keys: jax.Array, values: jax.Array, where: Places, slots: Int[Array, " B"]
+) -> LayerCache:
+    """One token a row; a slot that is none of the cache's keeps its row out.
 
-    That does no harm: what stands in the slot of a row's next token, no token sees from then on.
     A loop that reads nothing of the cache is the form that XLA on CPU runs in place: of a scatter, or of writes that it
     may fuse, it makes whole copies of the cache, at every step.
     """
-    slots, new = cache.keys.shape[2], (keys.astype(cache.keys.dtype), values.astype(cache.values.dtype))
+    new = (keys.astype(cache.keys.dtype), values.astype(cache.values.dtype))
+    is_real = (where.positions[:, 0] >= 0) & (slots >= 0) & (slots < cache.keys.shape[2])
+    rows = jnp.argsort(~is_real).astype(jnp.int32)  # those to write first
+    none = jnp.int32(0)
 
-    def row(b: jax.Array, stored: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        at = (b, 0, lengths[b] % slots, 0)
+    def row(i: jax.Array, stored: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        b = rows[i]
+        at = (b, none, slots[b], none)
         first, second = (
             jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(one, b, 1), at)
             for old, one in zip(stored, new, strict=True)
         )
         return first, second
 
-    rows = jnp.arange(1, lengths.shape[0] + 1)
-    last = jnp.max(jnp.where(where.positions[:, 0] >= 0, rows, 0))
-    return LayerCache(*jax.lax.fori_loop(0, last, row, (cache.keys, cache.values)))
+    count = jnp.sum(is_real, dtype=jnp.int32)
+    return LayerCache(*jax.lax.fori_loop(0, count, row, (cache.keys, cache.values)))
 
 
 def capacity_bucket(tokens: int) -> int:

@@ -11,10 +11,22 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gemma_jax.configs.config import DecoderConfig, LayerSpec
-from gemma_jax.nn.attention import Attention, Keys
+from gemma_jax.nn import kernels, logical, mesh_losses
+from gemma_jax.nn.attention import Attention
 from gemma_jax.nn.cache import Cache, LayerCache, advance
 from gemma_jax.nn.gemma3n import AltUp, Laurel, PerLayerInput, as_large
-from gemma_jax.nn.layers import PLAIN_LAYOUT, GatedMLP, Layout, RMSNorm, Table, dimension_sizes, softcap, weight
+from gemma_jax.nn.layers import (
+    PLAIN_LAYOUT,
+    GatedMLP,
+    Layout,
+    RMSNorm,
+    Table,
+    dimension_sizes,
+    product,
+    softcap,
+    weight,
+)
+from gemma_jax.nn.look import Keys
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.senses import Senses
 from gemma_jax.nn.sites import UNTAPPED, Fixed, Tap, Taps
@@ -89,10 +101,15 @@ class Layer(nnx.Module):
             x = (x + attended + tap("laurel_out", self.laurel(normed))) * jnp.asarray(2**-0.5, x.dtype)
         else:
             x = x + attended
-        x = tap("resid_mid", x)
+        x = tap("resid_mid", _between(x))
         mixed = self.mlp(tap("mlp_in", self.pre_ffw_norm(x)), tap)
         mixed = self.post_ffw_norm(mixed) if self.has_post_norms else mixed
-        return tap("resid_post", x + tap("mlp_out", mixed)), keys
+        return tap("resid_post", _between(x + tap("mlp_out", mixed))), keys
+
+
+def _between(x: Float[Array, "*A B T D"]) -> Float[Array, "*A B T D"]:
+    """The stream as it lies on a mesh between the parts of a block."""
+    return logical.constrain(x, "batch", "act_seq", "act_embed")
 
 
 @jax.tree_util.register_dataclass
@@ -133,10 +150,12 @@ class Linear(nnx.Module):
     """A linear layer without bias."""
 
     def __init__(self, width: int, out: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, dims: str = "I O"):
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (width, out), dtype) * width**-0.5, dims=dims)
+        self.kernel = nnx.Param(
+            jax.random.normal(rngs.params(), (width, out), dtype) * width**-0.5, dims=dims, inputs=1
+        )
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        return x @ self.kernel[...].astype(x.dtype)
+        return product(x, self.kernel)
 
 
 class Stem(Senses):
@@ -185,7 +204,7 @@ class Stem(Senses):
         x = self.embedder.rows(tokens)
         x = x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.has_embedding_scale else x
         x = self.with_hard_tokens(tokens, x)
-        return x if inserted is None else inserted.into(x)
+        return _between(x if inserted is None else inserted.into(x))
 
     def pieces(self, tokens: Int[Array, "B T"], x: Float[Array, "B T D"]) -> Sequence[Float[Array, "B T P"] | None]:
         """Each layer's own embedding of the tokens, from its table and from the stream `x` at the entry (3n, 2.1)."""
@@ -193,7 +212,7 @@ class Stem(Senses):
             return [None] * self.config.num_layers
         rows = self.embedder.pieces(tokens).astype(x.dtype)
         rows = rows if self.kept is None else rows[:, :, np.asarray(self.kept)]
-        context = jnp.einsum("BTD,DLP->BTLP", x, self.w_ple_proj[...]) * jnp.asarray(self.config.width**-0.5, x.dtype)
+        context = product(x, self.w_ple_proj) * jnp.asarray(self.config.width**-0.5, x.dtype)
         made = (self.ple_proj_norm(context) + rows) * jnp.asarray(2**-0.5, x.dtype)
         return [made[:, :, i] for i in range(self.config.num_layers)]
 
@@ -217,7 +236,23 @@ class Stem(Senses):
     def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Unnormalised log-probabilities in float32 of hidden vectors that have passed the final norm."""
         table = self.embedder if self.config.has_tied_head else self.head
-        return softcap(table.logits(x), self.config.final_softcap)
+        names = ("batch", "act_seq")[: x.ndim - 1]
+        return softcap(logical.constrain(table.logits(x), *names, "act_vocab"), self.config.final_softcap)
+
+    def losses(self, x: Float[Array, "*batch D"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """-log probability of each target, in nats, float32, of hidden vectors that have passed the final norm.
+
+        Never are all logits held, nor are they kept for gradients.
+        """
+        table = self.embedder if self.config.has_tied_head else self.head
+        if logical.current() is not None:
+            return mesh_losses.losses(x, targets, table.dims, table.embedding, self.config.final_softcap)
+        flat, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+        losses = kernels.table_losses(table.dims, table.embedding[...], flat, wanted, self.config.final_softcap)
+        if losses is None:
+            total, chosen = mesh_losses.sums(self.logits, flat, wanted, self.config.vocab_size)
+            losses = total - chosen
+        return losses.reshape(targets.shape)
 
 
 class Decoder(Stem):

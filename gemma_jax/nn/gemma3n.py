@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from gemma_jax.configs.config import DecoderConfig
-from gemma_jax.nn.layers import ACTIVATION, RMSNorm, dimension_sizes, weight, wide
+from gemma_jax.nn.layers import ACTIVATION, RMSNorm, dimension_sizes, product, weight, wide
 
 FLOOR = 1e-5  # of a mean square that is divided by
 
@@ -26,8 +26,8 @@ class AltUp(nnx.Module):
         sizes = dimension_sizes(config)
         self.router_norm = RMSNorm("D", config.width, config.norm, dtype)
         self.w_router = weight(rngs, "D A", sizes, dtype)
-        self.prediction = weight(rngs, "A A A", sizes, dtype)  # of [router, stream made, stream read]
-        self.correction = weight(rngs, "A A", sizes, dtype)  # of [router, stream corrected]
+        self.prediction = weight(rngs, "A A A", sizes, dtype, inputs=None)  # of [router, stream made, stream read]
+        self.correction = weight(rngs, "A A", sizes, dtype, inputs=None)  # of [router, stream corrected]
         if self.config.has_corrected_scale:
             self.correct_scale = nnx.Param(jnp.ones((config.width,), dtype), dims="D")
 
@@ -50,7 +50,7 @@ class AltUp(nnx.Module):
 
     def _routed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T A"]:
         normed = self.router_norm(x) * jnp.asarray(1 / self.width, x.dtype)
-        return jnp.tanh((normed @ self.w_router[...]).astype(wide(x)))
+        return jnp.tanh(product(normed, self.w_router).astype(wide(x)))
 
     def _clipped(self, coefficients: nnx.Param) -> jax.Array:
         value, clip = coefficients[...].astype(wide(coefficients[...])), self.config.coefficient_clip
@@ -67,7 +67,7 @@ class Laurel(nnx.Module):
         self.norm = RMSNorm("D", config.width, config.norm, dtype)
 
     def __call__(self, n: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return n + self.norm((n @ self.w_left[...]) @ self.w_right[...])
+        return n + self.norm(product(product(n, self.w_left), self.w_right))
 
 
 class PerLayerInput(nnx.Module):
@@ -81,8 +81,8 @@ class PerLayerInput(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], piece: Float[Array, "B T P"]) -> Float[Array, "B T D"]:
         """What is to be added."""
-        gate = ACTIVATION[self.activation](x @ self.w_gate[...])
-        return self.norm((gate * piece) @ self.w_proj[...])
+        gate = ACTIVATION[self.activation](product(x, self.w_gate))
+        return self.norm(product(gate * piece, self.w_proj))
 
 
 def as_large(y: Float[Array, "B T D"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -18,8 +18,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gemma_jax.configs.config import DecoderConfig, LayerSpec, NormConfig
-from gemma_jax.nn import host
+from gemma_jax.nn import host, logical
 from gemma_jax.nn.sites import UNTAPPED, Tap
+from gemma_jax.nn.stored import Stored
 
 ACTIVATION: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -44,6 +45,7 @@ PLAIN_LAYOUT = Layout()
 # Of a sparse ffw (3n, 8192 units, 95 % zeros) the rows of the active units: 10 ms a layer instead of 22, 30 of 49 for
 # four tokens. Not measured on accelerators.
 CPU_LAYOUT = Layout("D V", is_fused=True, gathers_units=True)
+STORED_LAYOUT = Layout("V D", is_fused=True)  # for weights as files have them: tables by their rows; see `stored`
 BUDGET = 2.5  # times as many units as are active on average are gathered; with more active ones all rows are read
 
 
@@ -69,17 +71,43 @@ Parts = tuple[tuple[str, int, int], ...]  # (weight's name, start, stop) along t
 
 
 def weight(
-    rngs: nnx.Rngs, dims: str, sizes: Mapping[str, int], dtype: jnp.dtype, parts: Parts | None = None
+    rngs: nnx.Rngs,
+    dims: str,
+    sizes: Mapping[str, int],
+    dtype: jnp.dtype,
+    parts: Parts | None = None,
+    *,
+    inputs: int | None = 1,
 ) -> nnx.Param:
     """A random parameter whose metadata names its dimensions, as in dims="D N H"; sharding rules read them.
 
     Normal with variance 1/fan_in: kernels that read the residual stream begin with D, the others end with it.
-    `parts` names the weights that a fused one is made of.
+    `parts` names the weights that a fused one is made of. `inputs` is how many dimensions a product sums over, the
+    first ones; 0 for a table, which is read by rows, None for what is neither.
     """
     letters = dims.split()
     shape = tuple(sizes[letter] for letter in letters)
     fan_in = sizes["D"] if "D" in (letters[0], *letters[1:-1]) or "V" in letters else math.prod(shape[:-1])
-    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5, dims=dims, parts=parts)
+    value = jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5
+    return nnx.Param(value, dims=dims, parts=parts, inputs=inputs)
+
+
+def product(x: Float[Array, "..."], kernel: nnx.Param) -> Float[Array, "..."]:
+    """`x` [*batch, *inputs] times a kernel [*inputs, *outputs], however that is held: [*batch, *outputs]."""
+    value, num_inputs = logical.at_use(kernel, kernel[...]), kernel.get_metadata("inputs")
+    if num_inputs > 1 and logical.current() is None:
+        # as one matrix: of a product over N and H XLA on CPU makes one over H and N, and copies the weight each time
+        x = x.reshape(*x.shape[: x.ndim - num_inputs], -1)
+        value = value if isinstance(value, Stored) else value.reshape(x.shape[-1], *value.shape[num_inputs:])
+        num_inputs = num_inputs if isinstance(value, Stored) else 1
+    if isinstance(value, Stored):
+        return value.product(x).reshape(*x.shape[:-1], *value.shape[num_inputs:])
+    return jnp.tensordot(x, value, num_inputs)
+
+
+def _rows(table: jax.Array | Stored, index: Int[Array, "B T"]) -> Float[Array, "B T *row"]:
+    """Rows of a table, however and wherever it is held; `index` is within bounds."""
+    return table.rows(index) if isinstance(table, Stored) else host.rows(table, index)
 
 
 def wide(x: jax.Array) -> jnp.dtype:
@@ -116,10 +144,10 @@ class Table(nnx.Module):
 
     def __init__(self, config: DecoderConfig, dims: str, *, rngs: nnx.Rngs, dtype: jnp.dtype, has_pieces: bool = False):
         self.dims = dims
-        self.embedding = weight(rngs, dims, dimension_sizes(config), dtype)
+        self.embedding = weight(rngs, dims, dimension_sizes(config), dtype, inputs=0)
         self.fetch, self.fetched = None, None
         if has_pieces:
-            self.ple = weight(rngs, "R L P", dimension_sizes(config), dtype)
+            self.ple = weight(rngs, "R L P", dimension_sizes(config), dtype, inputs=0)
 
     def map_pieces(self, fetch: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int, int]) -> None:
         """Takes the rows from `fetch`, int [...] -> [..., L, P], instead of a parameter: the table of `shape` [R, L, P]
@@ -137,21 +165,30 @@ class Table(nnx.Module):
         shape, dtype = (self.ple.get_raw_value().shape, "") if self.fetched is None else self.fetched
         index = jnp.where((tokens >= 0) & (tokens < shape[0]), tokens, 0)
         if self.fetch is None:
-            rows = host.rows(self.ple.get_raw_value(), index)  # not [...]: outside a program that copies to the device
+            table = self.ple.get_raw_value()  # not [...]: outside a program that copies to the device
+            rows = _rows(logical.at_use(self.ple, table), index)
         else:
             wanted = jax.ShapeDtypeStruct((*index.shape, *shape[1:]), dtype)
             rows = jax.pure_callback(self.fetch, wanted, index, vmap_method="expand_dims")
         return rows * jnp.asarray(shape[2] ** 0.5, rows.dtype)
 
+    def matrix(self) -> jax.Array | Stored:
+        """The table as it is multiplied."""
+        return logical.at_use(self.embedding, self.embedding[...])
+
     def rows(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The row of each token, unscaled. A token outside 0..V-1 is the caller's error and gives a clamped row."""
-        axis = self.dims.split().index("V")
-        rows = jnp.take(self.embedding[...], tokens, axis=axis, mode="clip")
+        table, axis = self.matrix(), self.dims.split().index("V")
+        if isinstance(table, Stored):
+            return table.rows(tokens)
+        rows = jnp.take(table, tokens, axis=axis, mode="clip")
         return jnp.moveaxis(rows, 0, -1) if axis else rows
 
     def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Products with every row, accumulated in float32."""
-        table = self.embedding[...]
+        table = self.matrix()
+        if isinstance(table, Stored):
+            return table.product(x)
         equation = f"...D,{self.dims.replace(' ', '')}->...V"
         return jnp.einsum(equation, x.astype(table.dtype), table, preferred_element_type=wide(table))
 
@@ -183,14 +220,15 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], tap: Tap = UNTAPPED) -> Float[Array, "B T D"]:
         if self.is_fused:
-            gate, up = jnp.split(x @ self.w_gate_up[...], 2, axis=-1)
+            gate, up = jnp.split(product(x, self.w_gate_up), 2, axis=-1)
         else:
-            gate, up = x @ self.w_gate[...], x @ self.w_up[...]
+            gate, up = product(x, self.w_gate), product(x, self.w_up)
+        gate, up = (logical.constrain(one, "batch", "act_seq", "act_ffw") for one in (gate, up))
         gate = gate if self.deviations is None else _above(gate, self.deviations)
         hidden = tap("mlp_hidden", ACTIVATION[self.activation](gate) * up)
         num_tokens, ffw_width = math.prod(hidden.shape[:-1]), hidden.shape[-1]
         if 2 * num_tokens * self.budget > ffw_width:  # little or nothing to win
-            return hidden @ self.w_down[...]
+            return product(hidden, self.w_down)
         return _sparse_product(hidden, self.w_down[...], self.budget)
 
 

@@ -1,6 +1,6 @@
 """Who may look at whom. One rule, from positions alone, for padding, packing, chunked prefill and ring caches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ class Places:
     positions: jax.Array  # int32 [B, T]; -1 marks padding or an empty slot
     segments: jax.Array | None = None  # int32 [B, T]; None: one document a row
     blocks: jax.Array | None = None  # int32 [B, T]; from 1 on the image that a token is a part of, 0 for text
+    # A promise that lets kernels compute masks from columns: real tokens stand first in each row, without a gap, the
+    # positions of a document go up by one from column to column, and its columns stand together.
+    is_dense: bool = field(default=False, metadata={"static": True})
 
     def column(self, index: Int[Array, " B"]) -> "Places":
         """One column of each row, [B, 1], which is of no image."""
@@ -25,14 +28,14 @@ class Places:
         return Places(*chosen)  # pyright: ignore[reportArgumentType]
 
     @staticmethod
-    def of(mask: Bool[Array, "B T"]) -> "Places":
-        """Counts the real tokens of each row; padding may stand left or right."""
-        return Places(jnp.where(mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, -1))
+    def of(mask: Bool[Array, "B T"], *, is_dense: bool = False) -> "Places":
+        """Counts the real tokens of each row; padding may stand left or right, or, if it `is_dense`, right alone."""
+        return Places(jnp.where(mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, -1), is_dense=is_dense)
 
     @staticmethod
     def plain(batch: int, length: int) -> "Places":
         """Rows without padding."""
-        return Places(jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length)))
+        return Places(jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length)), is_dense=True)
 
 
 def visible(query: Places, key: Places, window: int | None, is_causal: bool = True) -> Bool[Array, "B T S"]:

@@ -16,6 +16,8 @@ from gemma_jax.configs.config import ConfigError, DecoderConfig, LayerSpec
 from gemma_jax.nn.decoder import Decoder, Layer, Stem
 from gemma_jax.nn.layers import PLAIN_LAYOUT, Layout
 from gemma_jax.nn.masks import Places
+from gemma_jax.nn.shapes import shapes
+from gemma_jax.nn.stored import refuse_stored
 
 AnyStem = TypeVar("AnyStem", bound=Stem)
 
@@ -35,9 +37,10 @@ class Turn(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], where: Places
     ) -> tuple[Float[Array, "B T D"], Float[Array, "P B T D"]]:
+        apply = jax.checkpoint(lambda layer, x: layer(x, where)[0])  # for gradients the streams between layers are kept
         states = []
         for layer in self.layers:
-            x, _ = layer(x, where)
+            x = apply(layer, x)
             states.append(x)
         return x, jnp.stack(states)
 
@@ -67,8 +70,12 @@ class ScannedDecoder(Stem):
 
     def __call__(self, tokens: Int[Array, "B T"], where: Places | None = None) -> Float[Array, "B T V"]:
         """Logits of every position, float32. `where` defaults to rows without padding."""
-        x, _ = self._run(self.embed(tokens), where or Places.plain(*tokens.shape), keep=False)
-        return self.logits(self.final_norm(x))
+        return self.logits(self.hidden(tokens, where or Places.plain(*tokens.shape))[0])
+
+    def hidden(self, tokens: Int[Array, "B T"], where: Places) -> tuple[Float[Array, "B T D"], None]:
+        """The last hidden vectors, after the final norm, and no cache; see `Decoder.hidden`."""
+        x, _ = self._run(self.embed(tokens), where, keep=False)
+        return self.final_norm(x), None
 
     def hidden_states(self, tokens: Int[Array, "B T"], where: Places) -> Float[Array, "L+1 B T D"]:
         """As `Decoder.hidden_states`."""
@@ -77,7 +84,6 @@ class ScannedDecoder(Stem):
         return jnp.concatenate([x[None], *states[:-1], states[-1][:-1], self.final_norm(last)[None]])
 
     def _run(self, x: jax.Array, where: Places, keep: bool) -> tuple[jax.Array, list[jax.Array]]:
-        @jax.checkpoint
         def turn(x: jax.Array, weights: Turn) -> tuple[jax.Array, jax.Array | None]:
             x, states = weights(x, where)
             return x, states if keep else None
@@ -101,6 +107,7 @@ def refuse_unstacked(config: DecoderConfig) -> None:
 
 def stack(decoder: Decoder) -> ScannedDecoder:
     """The same weights, stacked (copied: two sets of layers are alive while it runs)."""
+    refuse_stored(decoder, "a stack of layers")
     layers = list(decoder.layers)
     scanned = nnx.eval_shape(lambda: ScannedDecoder(decoder.config, rngs=nnx.Rngs(0)))
     turns, start = [], 0
@@ -114,7 +121,7 @@ def stack(decoder: Decoder) -> ScannedDecoder:
 
 def unstack(scanned: ScannedDecoder) -> Decoder:
     """One module per layer from stacked weights, for generation (copied, as `stack`)."""
-    decoder = nnx.eval_shape(lambda: Decoder(scanned.config, rngs=nnx.Rngs(0)))
+    decoder = shapes(scanned.config)
     layers = []
     for (_, count), turns in zip(segments(scanned.config), scanned.turns, strict=True):
         for i in range(count):

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gemma_jax.configs.slicing import Slicing
@@ -15,6 +14,8 @@ from gemma_jax.nn.decoder import Decoder, Inserted
 from gemma_jax.nn.layers import RMSNorm, Table
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.paths import parameters, path_within
+from gemma_jax.nn.shapes import shapes
+from gemma_jax.nn.stored import refuse_stored
 
 
 def cut(whole: Decoder, slicing: Slicing, *, shares_tables: bool = False) -> Decoder:
@@ -25,6 +26,7 @@ def cut(whole: Decoder, slicing: Slicing, *, shares_tables: bool = False) -> Dec
     from a checkpoint and not shared.
     """
     whole, slicing = composed(whole, slicing)
+    refuse_stored(whole, "a slice")
     if not shares_tables and whole.embedder.fetch is not None:
         raise ValueError(
             "the per-layer embeddings are mapped from a checkpoint; load the slice itself with slicing=, or give "
@@ -32,7 +34,7 @@ def cut(whole: Decoder, slicing: Slicing, *, shares_tables: bool = False) -> Dec
         )
     config, kept = slicing.apply(whole.config), slicing.kept(whole.config)
     dtype = whole.final_norm.scale.dtype
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, layout=whole.layout))
+    model = shapes(config, dtype, whole.layout)
     if shares_tables:
         model.embedder, model.kept = whole.embedder, kept
     theirs = parameters(whole)
@@ -66,6 +68,7 @@ class SharedSlice(Decoder):
     """
 
     def __init__(self, whole: Decoder, slicing: Slicing):
+        refuse_stored(whole, "a slice")
         self.config, self.whole, self.slicing = slicing.apply(whole.config), whole, slicing
 
     def decoder(self) -> Decoder:
@@ -92,6 +95,9 @@ class SharedSlice(Decoder):
 
     def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         return self.whole.logits(x)
+
+    def losses(self, x: Float[Array, "*batch D"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+        return self.whole.losses(x, targets)
 
     def hidden(
         self, tokens: Int[Array, "B T"], where: Places, cache: Cache | None = None, **options: Any

@@ -21,7 +21,7 @@ def test_both_peers_see_the_same(tmp_path, monkeypatch):
     small = vision.config().replace_all([("vision.num_layers", 2), ("vision.width", 32), ("vision.ffw_width", 48)])
     vision.make(tmp_path / "model", small)
     result = vision.measure(tmp_path / "model", 896, threads=1, repeats=1)
-    assert result["largest_difference"] < 5e-6
+    assert result["largest_difference"] < 5e-5
     assert all(row["seconds"][0] > 0 and row["peak_mib"] > 100 for row in result["peers"].values())
     text = vision.markdown({**result, "machine": {"cpu": "some"}, "threads": 1})
     assert "times Hugging Face's" in text

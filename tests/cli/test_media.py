@@ -150,21 +150,21 @@ def test_embed_gives_unit_vectors(capsys, embedding):
     texts = ["hello world", "the user", "a", "hello " * 20]
     found = gemma.embed(texts)
     assert found.shape == (4, 24)
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
     for text, vector in zip(texts, found, strict=True):  # whatever stands in the batch
-        np.testing.assert_allclose(gemma.embed(text), vector, atol=2e-6)
+        np.testing.assert_allclose(gemma.embed(text), vector, atol=1e-5)
     ids = [*gemma.tokenizer.encode("hello world"), gemma.tokenizer.eos_id]
     states = np.asarray(gemma.hidden_states([ids]))[-1, 0].mean(axis=0)
     for layer in gemma.model.dense:
         states = states @ np.asarray(layer.kernel[...])
-    np.testing.assert_allclose(found[0], states / np.linalg.norm(states), atol=2e-6)
+    np.testing.assert_allclose(found[0], states / np.linalg.norm(states), atol=1e-5)
     short = gemma.embed(texts, dim=8)
-    np.testing.assert_allclose(short, found[:, :8] / np.linalg.norm(found[:, :8], axis=1, keepdims=True), atol=1e-6)
+    np.testing.assert_allclose(short, found[:, :8] / np.linalg.norm(found[:, :8], axis=1, keepdims=True), atol=1e-5)
     code, out, _ = run(capsys, "embed", *texts, "--model", embedding, "--dim", 8)
     assert code == 0
-    np.testing.assert_allclose([list(map(float, line.split())) for line in out.splitlines()], short, atol=1e-6)
+    np.testing.assert_allclose([list(map(float, line.split())) for line in out.splitlines()], short, atol=1e-5)
     line = json.loads(run(capsys, "embed", "a", "--model", embedding, "--json", "--task", "query")[1])
-    np.testing.assert_allclose(line["embedding"], gemma.embed("task: search result | query: a"), atol=1e-6)
+    np.testing.assert_allclose(line["embedding"], gemma.embed("task: search result | query: a"), atol=1e-5)
 
 
 def test_prompts_of_documents_have_titles(embedding):

@@ -42,7 +42,7 @@ def test_the_answer_is_the_models_own(gemma, draft, wishes):
         assert 0 < drafted.num_accepted_tokens < drafted.num_draft_tokens
         assert alone.num_draft_tokens is None
         if wishes.get("logprobs"):
-            np.testing.assert_allclose(drafted.logprobs, alone.logprobs, atol=1e-5)
+            np.testing.assert_allclose(drafted.logprobs, alone.logprobs, atol=1e-4)
             assert [list(top) for top in drafted.top_logprobs] == [list(top) for top in alone.top_logprobs]
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,6 +33,8 @@ EARS = AudioConfig(
     num_layers=2, width=16, num_heads=2, channels=(4, 2), num_soft_tokens=8, num_hard_tokens=4,
     first_token=V + 8, begin_token=V - 1, end_token=V + 8, soft_token=V + 9,
 )  # fmt: skip
+see = jax.jit(lambda model, pixels: model.see(pixels))
+hear = jax.jit(lambda model, features, is_valid: model.hear(features, is_valid))
 WISHES = {"max_new_tokens": 5, "ignore_eos": True, "temperature": 0.0}
 
 
@@ -56,12 +59,8 @@ def gemma(make_3n) -> gj.Gemma:
 def greedy(gemma, ids, pixels, waves, count=5):
     """The engine given what the towers make, put together by hand."""
     (index,) = places.soft_indices([ids], gemma.config, len(pixels), len(waves))
-    parts = []
-    for image in pixels:
-        parts.append(gemma.model.see(jnp.asarray(image[None]))[0])
-    for one in waves:
-        features, valid = mel([one])
-        parts.append(gemma.model.hear(jnp.asarray(features), jnp.asarray(valid))[0])
+    parts = [see(gemma.model, image[None])[0] for image in pixels]
+    parts += [hear(gemma.model, *mel([one]))[0] for one in waves]
     soft = Soft(jnp.concatenate(parts), [index])
     plain = np.where(index >= 0, 0, ids).tolist()
     params = [SamplingParams(max_new_tokens=count, ignore_eos=True)]
@@ -116,7 +115,7 @@ def test_a_clip_is_heard_as_alone_whatever_fills_it_up(gemma, seconds):
     found = gemma.hear([(wave(seconds), 16_000)])
     assert found.shape == (1, 8, 32)
     if features.shape[1]:
-        np.testing.assert_allclose(found, gemma.model.hear(jnp.asarray(features), jnp.asarray(valid)), atol=2e-5)
+        np.testing.assert_allclose(found, hear(gemma.model, features, valid), atol=2e-5)
     else:
         padding = gemma.model.audio_mm.hard(jnp.asarray(EARS.padding_token))
         np.testing.assert_allclose(found[0], np.tile(padding, (8, 1)), atol=1e-6)

@@ -131,7 +131,7 @@ def test_images_of_a_batch_do_not_see_each_other(tower):
     batch = images(3)
     together = np.asarray(see(tower, batch))
     for i in range(3):
-        np.testing.assert_allclose(together[i : i + 1], see(tower, batch[i : i + 1]), atol=1e-5, rtol=0)
+        np.testing.assert_allclose(together[i : i + 1], see(tower, batch[i : i + 1]), atol=5e-5, rtol=0)
 
 
 def test_other_sizes_that_pool_to_whole_tokens_are_taken(tower):
@@ -180,7 +180,7 @@ def test_shifted_products_are_a_grouped_convolution(side, stride, size):
     got, gradient = jax.vjp(lambda x, kernel: mobilenet_v5._convolved_depthwise(x, kernel, stride), x, kernel)
     np.testing.assert_allclose(got, want, atol=1e-5)
     for ours, theirs in zip(gradient(want), want_gradient(want), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-5)
 
 
 def test_attention_by_blocks_is_attention():
@@ -192,9 +192,9 @@ def test_attention_by_blocks_is_attention():
 
     want, want_gradient = jax.vjp(plain, q, k, v)
     got, gradient = jax.vjp(mobilenet_v5._attend, q, k, v)
-    np.testing.assert_allclose(got, want, atol=2e-6)
+    np.testing.assert_allclose(got, want, atol=1e-5)
     for ours, theirs in zip(gradient(want), want_gradient(want), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
 def test_bfloat16_stays_near_float32(few):
@@ -228,7 +228,7 @@ def test_hard_tokens_are_rows_of_the_table_normed_projected_and_normed(embedder)
 def test_soft_tokens_are_normed_projected_and_normed(embedder):
     x = np.random.default_rng(2).normal(size=(2, 3, 12)).astype(np.float32)
     want = rms(rms(x) * np.asarray(embedder.soft_norm.scale[...]) @ np.asarray(embedder.w_proj[...]))
-    np.testing.assert_allclose(embedder.soft(x), want, atol=1e-6)
+    np.testing.assert_allclose(embedder.soft(x), want, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

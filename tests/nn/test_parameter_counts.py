@@ -1,5 +1,6 @@
 """Parameter counts of every registered model, by shapes alone, against published tables."""
 
+import dataclasses
 import functools
 from collections import Counter
 
@@ -43,17 +44,24 @@ EARLIER = {
 
 @pytest.fixture(scope="module")
 def counts():
-    """Of a registered model: parameters by part (embedder, attn, mlp, norms, vision, mm). Nothing is allocated."""
+    """Of a registered model: parameters by part (embedder, attn, mlp, norms, vision, mm). Nothing is allocated.
+
+    Of layers that are alike one is built, which counts as often as they are.
+    """
 
     @functools.cache
     def count(name: str) -> Counter[str]:
         config = configs.get(name)
+        times = Counter(config.layers)
+        alike = dataclasses.replace(config, layers=tuple(times))
         found: Counter[str] = Counter()
-        for path, param in parameters(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))).items():
+        for path, param in parameters(nnx.eval_shape(lambda: Decoder(alike, rngs=nnx.Rngs(0)))).items():
             parts = path.split("/")
-            part = parts[1] if parts[0].startswith("layers_") else parts[0]
+            is_layer = parts[0].startswith("layers_")
+            often = times[alike.layers[int(parts[0].removeprefix("layers_"))]] if is_layer else 1
+            part = parts[1] if is_layer else parts[0]
             part = "norms" if "norm" in path and part not in ("vision", "mm") else part
-            found[part] += param.get_raw_value().size
+            found[part] += often * param.get_raw_value().size
         return found
 
     return count

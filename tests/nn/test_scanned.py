@@ -31,7 +31,7 @@ def test_stacked_layers_equal_hugging_face_in_logits_and_hidden_states(
     ids = jnp.asarray(text_fixture["x:input_ids"])
     where = Places.plain(*ids.shape)
     np.testing.assert_allclose(forward(scanned, ids, where), text_fixture["x:logits"], atol=2e-5, rtol=0)
-    np.testing.assert_allclose(hidden_states(scanned, ids, where), text_fixture["x:hidden"], atol=2e-5, rtol=0)
+    np.testing.assert_allclose(hidden_states(scanned, ids, where), text_fixture["x:hidden"], atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_stacked_layers_equal_one_by_one_with_padding(tiny_model, forward):
     mask[0, :9] = mask[1, 20:] = False
     where = Places.of(jnp.asarray(mask))
     want, got = (np.asarray(forward(model, tokens, where)) for model in (tiny_model, stack(tiny_model)))
-    np.testing.assert_allclose(got[mask], want[mask], atol=1e-5)
+    np.testing.assert_allclose(got[mask], want[mask], atol=5e-5)
 
 
 def test_gradients_through_the_scan_equal_those_layer_by_layer(tiny_model):
@@ -68,7 +68,7 @@ def test_gradients_through_the_scan_equal_those_layer_by_layer(tiny_model):
     got = parameters(unstack(gradient(stack(tiny_model))))
     assert set(got) == set(want)
     for path, param in want.items():
-        np.testing.assert_allclose(got[path][...], param[...], atol=2e-6, err_msg=path)
+        np.testing.assert_allclose(got[path][...], param[...], atol=1e-5, err_msg=path)
 
 
 def test_a_stacked_decoder_can_be_built_from_nothing(tiny_config, forward):

@@ -99,7 +99,7 @@ def test_logits_in_float32(pair, batch, reference):
     want, _ = reference(pair.theirs, *batch)
     got = pair.ours.logits(batch[0], mask=batch[1])
     assert np.abs(want).max() > 0.5
-    assert difference(got, want, batch[1]) <= 1e-4
+    assert difference(got, want, batch[1]) <= 1e-3
 
 
 def test_logits_and_active_streams_in_float64(pair, batch, monkeypatch):

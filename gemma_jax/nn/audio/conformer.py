@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gemma_jax.configs.config import NormConfig
 from gemma_jax.configs.towers import AudioConfig
-from gemma_jax.nn.attention import MASKED
 from gemma_jax.nn.layers import RMSNorm, softcap, wide
+from gemma_jax.nn.look import MASKED
 
 NORM = NormConfig(is_zero_centred=False)
 KERNEL, STRIDE = 3, 2  # of the convolutions at the entry, in time and in frequency

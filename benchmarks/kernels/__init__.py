@@ -1,0 +1,1 @@
+"""Static estimates of TPU kernels, from the schedule libtpu writes for a chip that need not be there."""

@@ -1,0 +1,64 @@
+"""Bytes that the planner predicts are those of live arrays, and of compiled programs' arguments."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemma_jax import configs
+from gemma_jax.nn.cache import cache_bytes
+from gemma_jax.nn.logical import LogicalAxisError
+from gemma_jax.parallel.rules import SERVE, TRAIN
+from gemma_jax.planner import arithmetic
+
+ROOT = Path(__file__).parent.parent.parent
+CASES = [
+    ["gemma3", "data=2,model=4", "decode"],
+    ["one key head", "data=2,seq=2,model=2", "decode"],  # its cache is cut along its slots
+    ["gemma3", "seq=4,model=2", "prefill"],
+    ["gemma3n", "data=2,seq=2,model=2", "decode"],
+    ["gemma3", "fsdp=4,model=2", "train"],
+    ["gemma3n", "fsdp=4,model=2", "train"],
+]
+
+
+@pytest.fixture(scope="module")
+def found():
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "checkpoints", "kernels"))
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    command = [sys.executable, str(ROOT / "tests/planner/worker.py"), json.dumps(CASES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: " ".join(CASES[i]))
+def test_predicted_bytes_are_those_of_live_arrays_and_of_the_compiler(found, case):
+    one = found[case]
+    assert one["predicted"] == one["abstract"] == one["live"]
+    assert one["arguments"] == pytest.approx(one["compiled"], rel=0.05)
+
+
+def test_one_device_holds_all_of_a_model():
+    config = configs.get("gemma-3-1b")
+    held = arithmetic.served(config, SERVE, {}, 2, 4096, "bfloat16", "device")
+    assert held == {"weights": 2 * 999_885_952, "cache": cache_bytes(config, 2, 4096) + 2 * arithmetic.COUNTER}
+
+
+def test_27b_is_held_as_its_design_says():
+    config = configs.get("gemma-3-27b").decoder
+    held = arithmetic.served(config, SERVE, {"model": 16}, 8, 131_072, "bfloat16", "device")
+    assert held["weights"] / 2**30 == pytest.approx(3.147, abs=1e-3)
+    assert held["cache"] / 2**30 == pytest.approx(5.203, abs=1e-3)
+    trained = arithmetic.trained(config, TRAIN, {"fsdp": 64, "model": 4})
+    assert sum(trained.values()) / 2**30 == pytest.approx(1.194, abs=1e-3)
+
+
+def test_weights_that_a_mesh_does_not_divide_are_named():
+    with pytest.raises(LogicalAxisError, match="q_heads is 4"):
+        arithmetic.served(configs.get("gemma-3-1b"), SERVE, {"model": 8}, 1, 1024, "bfloat16", "device")
