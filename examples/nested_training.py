@@ -25,7 +25,7 @@ import optax
 from flax import nnx
 
 import gemma_jax as gj
-from gemma_jax import matformer
+from gemma_jax import matformer, train
 from gemma_jax.configs.config import AttentionConfig, AttentionKind, DecoderConfig, LayerSpec
 from gemma_jax.configs.slicing import Slicing
 from gemma_jax.matformer import nested
@@ -57,7 +57,7 @@ TRAINED = ("8/8", "4/8", "2/8", "1/8")
 STYLES = ("k-", "C1-", "C1--", "C0-", "C0--")
 
 
-measured = jax.jit(nested.next_token_loss)
+measured = jax.jit(train.next_token_loss)
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ def text() -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(joined[0], np.uint8), np.frombuffer(joined[1], np.uint8)
 
 
-def batches(data: np.ndarray, count: int, seed: int) -> Iterator[nested.Batch]:
+def batches(data: np.ndarray, count: int, seed: int) -> Iterator[train.Batch]:
     """Rows from random places."""
     for i in range(count):
         starts = np.random.default_rng((seed, i)).integers(0, len(data) - LENGTH, ROWS)
-        yield nested.Batch(jnp.asarray(np.stack([data[s : s + LENGTH] for s in starts]), jnp.int32))
+        yield train.Batch(jnp.asarray(np.stack([data[s : s + LENGTH] for s in starts]), jnp.int32))
 
 
 @functools.cache
@@ -97,7 +97,7 @@ def train(name: str, data: tuple[np.ndarray, np.ndarray], steps: int, choose: Ca
     """Trains with what `choose` says for each step, and evaluates all slices."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, PEAK, steps // 10, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
-    state, step = nested.start(Decoder(CONFIG, rngs=nnx.Rngs(0)), optimizer), nested.make_step(optimizer)
+    state, step = train.start(Decoder(CONFIG, rngs=nnx.Rngs(0)), optimizer), nested.make_step(optimizer)
     total, seconds, seen = 0.0, 0.0, set[nested.Shares]()
     for i, batch in enumerate(batches(data[0], steps, seed=1)):
         shares = nested.normalised(choose(i))
@@ -109,8 +109,8 @@ def train(name: str, data: tuple[np.ndarray, np.ndarray], steps: int, choose: Ca
         total += sum(flops(slicing) for slicing, _ in shares)
         if i % 100 == 99:
             print(f"  {name}, step {i + 1}: {loss:.3f}", flush=True)
-    nll = {label: held_out_nll(cut(state.model, slicing), data[1]) for label, slicing in EVALUATED.items()}
-    return Run(name, steps, total, seconds, nll, state.model)
+    nll = {label: held_out_nll(cut(state.weights, slicing), data[1]) for label, slicing in EVALUATED.items()}
+    return Run(name, steps, total, seconds, nll, state.weights)
 
 
 def held_out_nll(model: Decoder, data: np.ndarray) -> float:

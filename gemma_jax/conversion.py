@@ -17,7 +17,6 @@ from gemma_checkpoints.subset import Subset
 from gemma_checkpoints.verification import Verification
 from gemma_jax import configs, export, loading
 from gemma_jax.configs.config import ConfigError
-from gemma_jax.configs.gguf import architecture
 from gemma_jax.configs.slicing import Slicing
 from gemma_jax.export import Precision
 from gemma_jax.text.vocabulary import TokenizerError
@@ -127,9 +126,7 @@ def convert_lora(
         path = loading.find(base)
         with gemma_checkpoints.open(path) as reader:
             config = loading.read_config(reader, path).decoder
-    about = {"general.architecture": architecture(config)} if to == "gguf" else {"name": name}
-    adapter = loading.read_lora(source, config)
-    writer = adapters.writer(destination, to, adapter, export.table(to, config), about)
+    writer = export.write_adapter(destination, to, loading.read_lora(source, config), config, name)
     num_bytes = sum(layout.nbytes for layout in writer.tensors.values())
     return Report(str(source), str(destination), len(writer.tensors), num_bytes, ())
 

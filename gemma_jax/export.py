@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_checkpoints import GGUFFolderWriter, GGUFWriter, Layout, SafetensorsWriter, Writer, encodings, families
+from gemma_checkpoints import GGUFFolderWriter, GGUFWriter, Layout, SafetensorsWriter, Writer, encodings, families, lora
 from gemma_checkpoints.encodings import Encoding
 from gemma_checkpoints.families import DecoderSizes, NoPlaceError, SiglipSizes
 from gemma_checkpoints.gemma3n import Block, ConformerSizes, MobileNetSizes
@@ -14,7 +14,7 @@ from gemma_checkpoints.names import Entry, Table
 from gemma_checkpoints.rows import FORMATS
 from gemma_jax.configs import gemma3n
 from gemma_jax.configs.config import ConfigError, DecoderConfig, VisionConfig
-from gemma_jax.configs.gguf import to_gguf, tower_to_gguf
+from gemma_jax.configs.gguf import architecture, to_gguf, tower_to_gguf
 from gemma_jax.configs.huggingface import to_huggingface
 from gemma_jax.configs.sentence_transformers import to_files
 from gemma_jax.configs.serialise import to_data
@@ -65,6 +65,17 @@ def table(format: str, config: DecoderConfig, style: str | None = None) -> Table
     except NoPlaceError as error:
         hint = "; leave the towers out (text_only, --text-only)" if any(towers) else ""
         raise ConfigError(f"config {config.name!r} cannot be written: {error}{hint}") from None
+
+
+def write_adapter(
+    destination: str | os.PathLike, format: str, adapter: lora.Adapter, config: DecoderConfig, name: str | None = None
+) -> Writer:
+    """Writes a LoRA adapter by itself; it is whole when this returns. `name`: of the model it is for, if not its own.
+
+    Raises: as `gemma_checkpoints.lora.writer`.
+    """
+    about = {"general.architecture": architecture(config)} if format == "gguf" else {"name": name or config.name}
+    return lora.writer(destination, format, adapter, table(format, config), about)
 
 
 def _decoder(config: DecoderConfig) -> DecoderSizes:

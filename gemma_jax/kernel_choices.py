@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import gemma_kernels
 from gemma_jax.configs.config import DecoderConfig
 from gemma_jax.generate.engine import PREFILL_CHUNK
-from gemma_jax.matformer.nested import Batch, next_token_loss
 from gemma_jax.nn.cache import Cache, empty_cache
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.shapes import shapes
+from gemma_jax.train import Batch, next_token_loss
 from gemma_kernels import Choice
 
 

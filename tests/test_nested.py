@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import gemma_jax as gj
-from gemma_jax import matformer
+from gemma_jax import matformer, train
 from gemma_jax.configs.config import ConfigError
 from gemma_jax.configs.slicing import Slicing
 from gemma_jax.generate.scoring import score
@@ -26,11 +26,11 @@ WHERE = Places(
     jnp.asarray([[*range(9), -1, -1, -1], [-1, -1, *range(10)], [*range(5), *range(6), -1]]),
     jnp.asarray([[0] * 12, [0] * 12, [0] * 5 + [1] * 6 + [0]]),
 )  # padded right and left, and packed
-BATCH = nested.Batch(jnp.asarray(TOKENS), WHERE)
+BATCH = train.Batch(jnp.asarray(TOKENS), WHERE)
 NARROW, THIN = Slicing(ffw=24), Slicing(ffw=(12, 5))
 MIXTURE = {NARROW: 3.0, Slicing(skip=(1,), ffw=8): 1.0}
 
-loss = jax.jit(nested.next_token_loss)
+loss = jax.jit(train.next_token_loss)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def assert_is_sum_of_slices(model, mixture, found, tolerance):
     want = {path: np.zeros_like(value) for path, value in values(model).items()}
     for i, (slicing, share) in enumerate(shares):
         small = matformer.slice(gemma, slicing)
-        value, part = jax.jit(jax.value_and_grad(nested.next_token_loss))(small.model, BATCH)
+        value, part = jax.jit(jax.value_and_grad(train.next_token_loss))(small.model, BATCH)
         np.testing.assert_allclose(losses[i], value, rtol=tolerance)
         for path, one in in_the_whole(values(part), want, slicing.kept(model.config)).items():
             want[path] += share * one
@@ -97,31 +97,31 @@ def test_the_loss_is_the_mean_of_tokens_that_follow_in_their_document(model, for
     pairs = [(0, t) for t in range(8)] + [(1, t) for t in range(2, 11)] + [(2, t) for t in (0, 1, 2, 3, 5, 6, 7, 8, 9)]
     want = -np.mean([logprobs[row, t, TOKENS[row, t + 1]] for row, t in pairs])
     np.testing.assert_allclose(loss(model, BATCH), want, rtol=1e-5)
-    assert int(nested.is_target(WHERE).sum()) == len(pairs)
+    assert int(train.is_target(WHERE).sum()) == len(pairs)
 
 
 def test_the_loss_of_a_row_is_what_scoring_says(model):
     want = score(model, TOKENS[0].tolist()).nll
-    np.testing.assert_allclose(loss(model, nested.Batch(jnp.asarray(TOKENS[:1]))), want, rtol=1e-5)
+    np.testing.assert_allclose(loss(model, train.Batch(jnp.asarray(TOKENS[:1]))), want, rtol=1e-5)
 
 
 def test_documents_begin_where_positions_or_segments_say():
     positions = jnp.asarray([[0, 1, 0, 1, 2, -1, 0]])
-    assert nested.is_target(Places(positions)).tolist() == [[True, False, True, True, False, False]]
+    assert train.is_target(Places(positions)).tolist() == [[True, False, True, True, False, False]]
     segments = jnp.asarray([[1, 1, 1, 2, 2, 0, 0]])
-    assert nested.is_target(Places(positions, segments)).tolist() == [[True, False, False, True, False, False]]
+    assert train.is_target(Places(positions, segments)).tolist() == [[True, False, False, True, False, False]]
 
 
 def test_padding_changes_nothing_and_its_tokens_are_not_read(model):
     document, length = TOKENS[0, :7], 12
-    want, found = loss(model, nested.Batch(jnp.asarray(document[None]))), []
+    want, found = loss(model, train.Batch(jnp.asarray(document[None]))), []
     for start, junk in ((0, 0), (0, 127), (5, 3), (2, 10**6)):
         row, mask = np.full((2, length), junk), np.zeros((2, length), bool)
         row[0, start : start + 7], mask[0, start : start + 7] = document, True  # the second row is padding alone
-        batch = nested.Batch(jnp.asarray(row), Places.of(jnp.asarray(mask)))
+        batch = train.Batch(jnp.asarray(row), Places.of(jnp.asarray(mask)))
         found.append(float(loss(model, batch)))
     np.testing.assert_allclose(found, want, rtol=1e-5)
-    assert loss(model, nested.Batch(batch.tokens, Places(jnp.full((2, length), -1)))) == 0
+    assert loss(model, train.Batch(batch.tokens, Places(jnp.full((2, length), -1)))) == 0
 
 
 def test_the_joint_loss_and_its_gradient_are_sums_over_models_that_are_cut(model, nested_gradient):
@@ -152,8 +152,8 @@ def test_outside_of_the_slices_the_gradient_is_zero(nested_gradient):
 def test_plain_descent_leaves_the_outside_alone_and_momentum_moves_it(model, sgd):
     optimizer, step = sgd
     before = values(model)
-    state, metrics = step(nested.start(model, optimizer), BATCH, NARROW)
-    first = values(state.model)
+    state, metrics = step(train.start(model, optimizer), BATCH, NARROW)
+    first = values(state.weights)
     name = "layers_1/mlp/down/kernel"
     np.testing.assert_array_equal(first[name][24:], before[name][24:])
     assert (first[name][:24] != before[name][:24]).all()
@@ -161,21 +161,21 @@ def test_plain_descent_leaves_the_outside_alone_and_momentum_moves_it(model, sgd
     assert metrics["loss"] == metrics["losses"][0]
     np.testing.assert_array_equal(values(model)[name], before[name])  # the caller's model is not donated
     state, _ = step(state, BATCH, Slicing())
-    second = values(state.model)
+    second = values(state.weights)
     state, _ = step(state, BATCH, NARROW)
-    assert (values(state.model)[name][24:] != second[name][24:]).any()
+    assert (values(state.weights)[name][24:] != second[name][24:]).any()
 
 
 def test_a_step_takes_its_state_over(model, sgd):
     optimizer, step = sgd
-    state = nested.start(model, optimizer)
+    state = train.start(model, optimizer)
     step(state, BATCH, NARROW)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.model))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.weights))
 
 
 def test_a_few_steps_of_either_kind_make_every_width_better(model, sgd):
     widths, (optimizer, step) = (Slicing(), NARROW), sgd
-    state = nested.start(model, optimizer)
+    state = train.start(model, optimizer)
     state, begin = step(state, BATCH, widths)
     for i in range(12):
         state, _ = step(state, BATCH, nested.sampled(widths, seed=1, step=i))
@@ -246,19 +246,19 @@ def test_what_is_no_mixture_is_refused(model, mixture, words):
 
 def test_impossible_slices_and_batches_are_refused_before_the_state_is_taken(model, sgd):
     optimizer, step = sgd
-    state = nested.start(model, optimizer)
+    state = train.start(model, optimizer)
     with pytest.raises(ConfigError, match="ffw is 49 in layer 0; wanted 1 to 48"):
         step(state, BATCH, [Slicing(), Slicing(ffw=49)])
     for batch, words in (
-        (nested.Batch(BATCH.tokens[0]), r"tokens are int32\[12\]; wanted integers \[B, T\]"),
-        (nested.Batch(BATCH.tokens[:, :1]), "T from 2 on"),
-        (nested.Batch(BATCH.tokens * 1.0), "tokens are float32"),
-        (nested.Batch(BATCH.tokens[:2], WHERE), r"where.positions is \[3, 12\], the tokens \[2, 12\]"),
-        (nested.Batch(BATCH.tokens, Places(WHERE.positions, WHERE.positions[:1])), "where.segments"),
+        (train.Batch(BATCH.tokens[0]), r"tokens are int32\[12\]; wanted integers \[B, T\]"),
+        (train.Batch(BATCH.tokens[:, :1]), "T from 2 on"),
+        (train.Batch(BATCH.tokens * 1.0), "tokens are float32"),
+        (train.Batch(BATCH.tokens[:2], WHERE), r"where.positions is \[3, 12\], the tokens \[2, 12\]"),
+        (train.Batch(BATCH.tokens, Places(WHERE.positions, WHERE.positions[:1])), "where.segments"),
     ):
         with pytest.raises(ValueError, match=words):
             step(state, batch, NARROW)
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.model))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.weights))
 
 
 def test_other_bad_requests_are_refused(make_config, make_3n):
@@ -279,4 +279,4 @@ def test_other_bad_requests_are_refused(make_config, make_3n):
     mapped = nnx.eval_shape(lambda: Decoder(make_3n(), rngs=nnx.Rngs(0)))
     mapped.embedder.map_pieces(lambda index: np.zeros((*index.shape, 8, 8)), (120, 8, 8))
     with pytest.raises(ValueError, match="mapped from a checkpoint"):
-        nested.start(mapped, optax.sgd(0.1))
+        train.start(mapped, optax.sgd(0.1))

@@ -17,7 +17,8 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("model", help="a model's name, as gemma-3-27b")
     parser.add_argument("--topology", required=True, metavar="CHIPS", help="v5e:4x4, v5p:2x2x2, v6e:2x4, tpu7x:2x2x1")
     parser.add_argument("--mesh", metavar="AXES", help="model=8,data=2 (default: all devices along model, or fsdp)")
-    parser.add_argument("--for", dest="purpose", default="decode", choices=("decode", "prefill", "train"))
+    parser.add_argument("--for", dest="purpose", default="decode", choices=("decode", "prefill", "train", "lora"))
+    parser.add_argument("--rank", type=int, default=16, metavar="R", help="lora: of the adapter (default: 16)")
     parser.add_argument("--context", type=int, metavar="T", help="tokens of a row (default: the model's)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows in all (default: 1)")
     parser.add_argument("--chunk", type=int, metavar="T", help="prefill: tokens of a row taken at once")
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     question = Question(
         model=config.name, topology=options.topology, mesh=options.mesh, purpose=options.purpose,
         context=options.context, batch=options.batch, dtype=options.dtype, ple=options.ple, chunk=options.chunk,
-        is_text_only=options.text_only, is_compiled=not options.no_compile, config=config,
+        rank=options.rank, is_text_only=options.text_only, is_compiled=not options.no_compile, config=config,
     )  # fmt: skip
     if options.search:
         chip = hardware.chip_named(options.topology.partition(":")[0])

@@ -1,7 +1,7 @@
 """Training so that each slice of a model is a model that can be used: MatFormer's nested loss (arXiv:2310.07707).
 
     widths = nested.halves(config)                           # the whole, and ffws of 1/2, 1/4, 1/8
-    state, step = nested.start(model, optimizer), nested.make_step(optimizer)
+    state, step = train.start(model, optimizer), nested.make_step(optimizer)
     for i, batch in enumerate(batches):
         state, metrics = step(state, batch, nested.sampled(widths, seed=0, step=i))   # one width a step
     state, metrics = step(state, batch, widths)                                       # or all at once: the joint loss
@@ -17,65 +17,25 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from gemma_jax.configs.config import ConfigError, DecoderConfig
 from gemma_jax.configs.slicing import Slicing
-from gemma_jax.nn import host, logical
 from gemma_jax.nn.decoder import Decoder
-from gemma_jax.nn.masks import Places
-from gemma_jax.nn.scanned import ScannedDecoder
-from gemma_jax.nn.sliced import cut, standing
-from gemma_jax.nn.stored import refuse_stored
+from gemma_jax.nn.sliced import cut
+from gemma_jax.train.losses import Batch, next_token_loss
+from gemma_jax.train.step import Metrics, State, updated
 
 Mixture = Slicing | Iterable[Slicing] | Mapping[Slicing, float]  # without weights all count alike
 Shares = tuple[tuple[Slicing, float], ...]  # weights that sum to 1
-Metrics = dict[str, jax.Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Batch:
-    """Rows of text to learn from."""
-
-    tokens: jax.Array  # int [B, T]
-    where: Places | None = None  # None: rows without padding, a document each
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class State:
-    """What a step changes. A step takes it over (its arrays are donated): go on with the one that it returns."""
-
-    model: Decoder
-    optimizer_state: optax.OptState
 
 
 Step = Callable[[State, Batch, Mixture], tuple[State, Metrics]]
-
-
-def next_token_loss(model: Decoder | ScannedDecoder, batch: Batch) -> Float[Array, ""]:
-    """Mean negative log-likelihood of the real targets, in nats; 0 if there are none."""
-    where = batch.where or Places.plain(*batch.tokens.shape)
-    x, _ = model.hidden(batch.tokens, where)
-    # the last column, which has no target, stays: a mesh divides all T columns or none
-    is_real = jnp.pad(is_target(where), [(0, 0), (0, 1)])
-    nll = jnp.where(is_real, model.losses(x, jnp.where(is_real, jnp.roll(batch.tokens, -1, axis=1), 0)), 0.0)
-    return jnp.sum(nll) / jnp.maximum(jnp.sum(is_real), 1)
-
-
-def is_target(where: Places) -> Bool[Array, "B T-1"]:
-    """True where the next column holds the next token of the same document: neither padding nor another's first."""
-    before, after = where.positions[:, :-1], where.positions[:, 1:]
-    follows = (before >= 0) & (after == before + 1)
-    return follows if where.segments is None else follows & (where.segments[:, :-1] == where.segments[:, 1:])
 
 
 def nested_loss(model: Decoder, batch: Batch, mixture: Mixture) -> tuple[Float[Array, ""], Float[Array, " G"]]:
@@ -91,23 +51,6 @@ def nested_loss(model: Decoder, batch: Batch, mixture: Mixture) -> tuple[Float[A
     return jnp.sum(losses * jnp.asarray([share for _, share in shares], losses.dtype)), losses
 
 
-def start(model: Decoder, optimizer: optax.GradientTransformation) -> State:
-    """The state before the first step. It holds a copy of the weights: steps do not touch `model`.
-
-    Raises ValueError for a model whose per-layer embeddings are mapped from a checkpoint or on the host: these cannot
-    be trained. TypeError for what is no decoder.
-    """
-    if not isinstance(model, Decoder):
-        raise TypeError(f"a {type(model).__name__} cannot be trained; wanted a Decoder, such as gemma.model")
-    if model.embedder.fetch is not None:
-        raise ValueError("the per-layer embeddings are mapped from a checkpoint; load the model without mapping them")
-    refuse_stored(model, "training")
-    if any(map(host.is_on_host, jax.tree.leaves(model))):
-        raise ValueError("the per-layer embeddings are on the host; to train them, load the model with ple='device'")
-    params: Any = jax.tree.map(jnp.copy, standing(model))  # Any: optax's types name trees of arrays alone
-    return State(params, optimizer.init(params))
-
-
 def make_step(optimizer: optax.GradientTransformation) -> Step:
     """A training step, compiled: `state, metrics = step(state, batch, mixture)`; a single slicing is a mixture too.
 
@@ -120,22 +63,14 @@ def make_step(optimizer: optax.GradientTransformation) -> Step:
 
     @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
     def program(state: State, batch: Batch, shares: Shares) -> tuple[State, Metrics]:
-        def loss(model: Decoder) -> tuple[jax.Array, jax.Array]:
-            return nested_loss(model, batch, dict(shares))
-
-        params: Any = state.model
-        (value, losses), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, params)
-        params = optax.apply_updates(params, updates)
-        after = logical.at_rest(State(params, optimizer_state))
-        metrics = {"loss": value, "losses": losses, "gradient_norm": optax.tree.norm(gradients)}
-        return after, metrics
+        after, value, losses, norm = updated(optimizer, state, lambda model: nested_loss(model, batch, dict(shares)))
+        return after, {"loss": value, "losses": losses, "gradient_norm": norm}
 
     def step(state: State, batch: Batch, mixture: Mixture) -> tuple[State, Metrics]:
         shares = normalised(mixture)
         for slicing, _ in shares:
-            slicing.apply(state.model.config)
-        _check(batch)
+            slicing.apply(state.weights.config)
+        batch.check()
         return program(state, batch, shares)
 
     return step
@@ -207,13 +142,3 @@ def mix_and_match(config: DecoderConfig, slicings: Sequence[Slicing], count: int
         widths = tuple(layer[random.integers(len(layer))] for layer in choices)
         found[Slicing(slicings[0].skip, widths)] = None
     return tuple(found)
-
-
-def _check(batch: Batch) -> None:
-    tokens, where = batch.tokens, batch.where
-    if tokens.ndim != 2 or tokens.shape[1] < 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}; wanted integers [B, T], T from 2 on")
-    for name in ("positions", "segments", "blocks"):
-        value = None if where is None else getattr(where, name)
-        if value is not None and value.shape != tokens.shape:
-            raise ValueError(f"where.{name} is {list(value.shape)}, the tokens {list(tokens.shape)}; wanted the same")

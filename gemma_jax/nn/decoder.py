@@ -295,6 +295,7 @@ class Decoder(Stem):
         is_cache_empty: bool = False,
         last: Int[Array, " B"] | None = None,
         taps: Taps | None = None,
+        is_remat: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The last hidden vectors, after the final norm, and the cache with the real tokens at hand added.
 
@@ -304,10 +305,11 @@ class Decoder(Stem):
         `last` asks for one column of each row alone, [B, 1, D], and with a cache: layers at the end that read others'
         keys then compute nothing else (3n, 2.6); with taps all is computed.
         `taps` look at the values of the pass, or change them; see `nn/sites.py`.
+        `is_remat` keeps for gradients what goes into layers alone; they are computed again. Not with taps in the open.
         """
         tap = UNTAPPED if taps is None else taps.at(where, is_cached=cache is not None)
         x = tap("embed", self.embed(tokens, inserted))
-        states, cache = self._run(tokens, x, where, cache, is_cache_empty, tap, last)
+        states, cache = self._run(tokens, x, where, cache, is_cache_empty, tap, last, is_remat)
         return tap("final", self.final_norm(self.gathered(states[-1]))), cache
 
     def hidden_states(
@@ -332,6 +334,7 @@ class Decoder(Stem):
         is_cache_empty: bool,
         tap: Tap,
         last: jax.Array | None,
+        is_remat: bool = False,
     ) -> tuple[list[jax.Array], Cache | None]:
         pieces, x = self.pieces(tokens, x), self.spread(x)
         states, keys, begin = [x], [], where
@@ -347,6 +350,7 @@ class Decoder(Stem):
             with jax.named_scope(f"layer_{i}"):
                 # with edits or captures in the open: what is captured in an inner jit cannot leave it
                 apply = _apply if inner is UNTAPPED or isinstance(inner, Fixed) else Layer.__call__
+                apply = jax.checkpoint(_apply) if is_remat and apply is _apply else apply
                 x, found = apply(layer, x, where, before, lengths, inner, shared=shared, piece=pieces[i])
             states.append(x)
             keys.append(found)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from gemma_jax.configs.config import DecoderConfig, LayerSpec, NormConfig
 from gemma_jax.nn import host, logical
+from gemma_jax.nn.adapted import Adapted
 from gemma_jax.nn.sites import UNTAPPED, Tap
 from gemma_jax.nn.stored import Stored
 
@@ -92,8 +93,10 @@ def weight(
     return nnx.Param(value, dims=dims, parts=parts, inputs=inputs)
 
 
-def product(x: Float[Array, "..."], kernel: nnx.Param) -> Float[Array, "..."]:
+def product(x: Float[Array, "..."], kernel: nnx.Param | Adapted) -> Float[Array, "..."]:
     """`x` [*batch, *inputs] times a kernel [*inputs, *outputs], however that is held: [*batch, *outputs]."""
+    if isinstance(kernel, Adapted):
+        return _adapted_product(x, kernel)
     value, num_inputs = logical.at_use(kernel, kernel[...]), kernel.get_metadata("inputs")
     if num_inputs > 1 and logical.current() is None:
         # as one matrix: of a product over N and H XLA on CPU makes one over H and N, and copies the weight each time
@@ -103,6 +106,17 @@ def product(x: Float[Array, "..."], kernel: nnx.Param) -> Float[Array, "..."]:
     if isinstance(value, Stored):
         return value.product(x).reshape(*x.shape[:-1], *value.shape[num_inputs:])
     return jnp.tensordot(x, value, num_inputs)
+
+
+def _adapted_product(x: Float[Array, "..."], kernel: Adapted) -> Float[Array, "..."]:
+    whole = product(x, kernel.base)
+    axis = x.ndim - kernel.base.get_metadata("inputs")  # of the outputs' first dimension
+    added = []
+    for pair, size in kernel.spans():
+        shape = (*whole.shape[:axis], size, *whole.shape[axis + 1 :])
+        added.append(jnp.zeros(shape, x.dtype) if pair is None else product(product(x, pair.a), pair.b))
+    added = added[0] if len(added) == 1 else jnp.concatenate(added, axis=axis)
+    return whole + jnp.asarray(kernel.scale, whole.dtype) * added
 
 
 def _rows(table: jax.Array | Stored, index: Int[Array, "B T"]) -> Float[Array, "B T *row"]:

@@ -173,7 +173,7 @@ def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, names: tuple[str | None, ..
 def weight_names(dims: str) -> tuple[str | None, ...]:
     """Logical names of a weight's dimensions. A vector is whole everywhere. Raises LogicalAxisError for a fused one."""
     letters = dims.split()
-    if len(letters) == 1 or not set(letters) & {"D", "R"}:
+    if len(letters) == 1 or not set(letters) & {"D", "R", "r"}:  # r: an adapter's rank
         return (None,) * len(letters)
     if set(letters) & set(FUSED):
         raise LogicalAxisError(f"a weight of dimensions {dims!r} is several in one, which no axis divides; on a mesh "

@@ -35,10 +35,12 @@ class Turn(nnx.Module):
         self.layers = nnx.List(layers)
 
     def __call__(
-        self, x: Float[Array, "B T D"], where: Places
+        self, x: Float[Array, "B T D"], where: Places, *, is_remat: bool = False
     ) -> tuple[Float[Array, "B T D"], Float[Array, "P B T D"]]:
-        apply = jax.checkpoint(lambda layer, x: layer(x, where)[0])  # for gradients the streams between layers are kept
-        states = []
+        def apply(layer: Layer, x: jax.Array) -> jax.Array:
+            return layer(x, where)[0]
+
+        apply, states = jax.checkpoint(apply) if is_remat else apply, []
         for layer in self.layers:
             x = apply(layer, x)
             states.append(x)
@@ -72,9 +74,11 @@ class ScannedDecoder(Stem):
         """Logits of every position, float32. `where` defaults to rows without padding."""
         return self.logits(self.hidden(tokens, where or Places.plain(*tokens.shape))[0])
 
-    def hidden(self, tokens: Int[Array, "B T"], where: Places) -> tuple[Float[Array, "B T D"], None]:
+    def hidden(
+        self, tokens: Int[Array, "B T"], where: Places, *, is_remat: bool = False
+    ) -> tuple[Float[Array, "B T D"], None]:
         """The last hidden vectors, after the final norm, and no cache; see `Decoder.hidden`."""
-        x, _ = self._run(self.embed(tokens), where, keep=False)
+        x, _ = self._run(self.embed(tokens), where, keep=False, is_remat=is_remat)
         return self.final_norm(x), None
 
     def hidden_states(self, tokens: Int[Array, "B T"], where: Places) -> Float[Array, "L+1 B T D"]:
@@ -83,9 +87,11 @@ class ScannedDecoder(Stem):
         last, states = self._run(x, where, keep=True)
         return jnp.concatenate([x[None], *states[:-1], states[-1][:-1], self.final_norm(last)[None]])
 
-    def _run(self, x: jax.Array, where: Places, keep: bool) -> tuple[jax.Array, list[jax.Array]]:
+    def _run(
+        self, x: jax.Array, where: Places, *, keep: bool, is_remat: bool = False
+    ) -> tuple[jax.Array, list[jax.Array]]:
         def turn(x: jax.Array, weights: Turn) -> tuple[jax.Array, jax.Array | None]:
-            x, states = weights(x, where)
+            x, states = weights(x, where, is_remat=is_remat)
             return x, states if keep else None
 
         kept = []

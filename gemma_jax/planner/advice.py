@@ -6,6 +6,7 @@ from dataclasses import replace
 from gemma_jax.parallel.hardware import CHIPS, GiB
 from gemma_jax.planner import search
 from gemma_jax.planner.plan import Plan, Question
+from gemma_jax.planner.programs import TRAINING
 
 
 def changes(plan: Plan) -> tuple[str, ...]:
@@ -63,13 +64,15 @@ def _smaller_steps(plan: Plan) -> Iterator[str]:
         return
     if plan.question.purpose == "prefill":
         yield "fewer tokens at once: --chunk"
-    elif plan.question.purpose == "train":
+    elif plan.question.purpose in TRAINING:
         yield "fewer rows, or shorter ones: what is kept for gradients is less"
 
 
 def _other_numbers(plan: Plan) -> Iterator[str]:
     question, weights = plan.question, plan.largest.held["weights"]
+    if question.purpose == "train":
+        yield "an adapter instead of all weights: --for lora"
     if question.dtype == "float32" and question.purpose != "train":
         yield f"bfloat16: weights of {weights / 2 / GiB:.2f} GiB, and half the cache"
-    elif question.purpose != "train" and plan.largest.needed - weights / 2 <= search.ROOM * plan.usable:
+    elif question.purpose not in TRAINING and plan.largest.needed - weights / 2 <= search.ROOM * plan.usable:
         yield f"int8 weights would take about {weights / 2 / GiB:.2f} GiB (estimate); no program here has them on TPU"

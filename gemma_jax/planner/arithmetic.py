@@ -14,6 +14,7 @@ from gemma_jax.nn.cache import slot_counts, slot_names
 from gemma_jax.nn.logical import Rules
 from gemma_jax.nn.paths import parameters
 from gemma_jax.nn.shapes import shapes
+from gemma_jax.train import lora
 
 PIECES = "embedder/ple"
 MASTER = 4  # bytes of a weight in training, and of each of AdamW's two moments: float32
@@ -35,6 +36,19 @@ def trained(config: DecoderConfig, rules: Rules, sizes: Sizes) -> dict[str, int]
     """Bytes of weights and AdamW's moments on one device, without towers. Raises as `served`."""
     weights = weight_bytes(config.decoder, rules, sizes, MASTER)
     return {"weights": weights, "optimizer": 2 * weights + COUNTER}
+
+
+def adapted(config: DecoderConfig, rules: Rules, sizes: Sizes, dtype: str, rank: int) -> dict[str, int]:
+    """Bytes of weights that stay, an adapter of all kernels, and AdamW's moments of that, on one device, without
+    towers. Raises as `served`.
+    """
+    weights = weight_bytes(config.decoder, rules, sizes, jnp.dtype(dtype).itemsize)
+    factors = lora.factors(lora.placed(shapes(config.decoder), rank)).values()
+    adapter = MASTER * sum(
+        _held(logical.weight_spec(rules, one.get_metadata("dims"), shape, sizes), shape, sizes)
+        for one, shape in ((one, one.get_raw_value().shape) for one in factors)
+    )
+    return {"weights": weights, "adapter": adapter, "optimizer": 2 * adapter + COUNTER}
 
 
 def weight_bytes(

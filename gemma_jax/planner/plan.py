@@ -50,6 +50,7 @@ class Question:
     dtype: str = "bfloat16"
     ple: str = "device"
     chunk: int | None = None  # tokens of a row taken at once in prefill; None: the engine's
+    rank: int = 16  # of an adapter
     is_text_only: bool = False
     is_compiled: bool = True  # False: arithmetic alone
     config: DecoderConfig | None = field(default=None, repr=False)
@@ -148,7 +149,7 @@ def settled(question: Question) -> tuple[Setting, Topology]:
     """The model, mesh and sizes that a question means. Raises as `plan`."""
     topology = hardware.topology(question.topology)
     config, context = checked(question)
-    axis = "fsdp" if question.purpose == "train" else "model"
+    axis = "fsdp" if question.purpose in programs.TRAINING else "model"
     wanted = f"{axis}={topology.num_devices}" if question.mesh is None else question.mesh
     sizes = meshes.parse(wanted)
     if math.prod(sizes.values()) != topology.num_devices:
@@ -157,11 +158,11 @@ def settled(question: Question) -> tuple[Setting, Topology]:
     if question.ple == "host" and topology.num_devices > 1:
         raise ValueError(f"ple is 'host', which is for one device; {topology.name} has {topology.num_devices}")
     mesh = meshes.make(sizes, hardware.devices(topology))
-    rules = TRAIN if question.purpose == "train" else SERVE
+    rules = TRAIN if question.purpose in programs.TRAINING else SERVE
     target = topology.chip.name if topology.chip.platform == "tpu" else topology.chip.platform
     return Setting(
         config=config, partition=Partition(mesh, rules), target=target, batch=question.batch, context=context,
-        dtype=question.dtype, ple=question.ple, chunk=question.chunk,
+        dtype=question.dtype, ple=question.ple, chunk=question.chunk, rank=question.rank,
     ), topology  # fmt: skip
 
 
@@ -175,10 +176,10 @@ def checked(question: Question) -> tuple[DecoderConfig, int]:
     if question.dtype not in DTYPES:
         wanted = " or ".join(DTYPES)
         raise ValueError(f"dtype is {question.dtype!r}; wanted {wanted}: no program here computes with others on TPU")
-    if not 1 <= context <= config.context or question.batch < 1 or (question.chunk or 1) < 1:
+    if not 1 <= context <= config.context or min(question.batch, question.chunk or 1, question.rank) < 1:
         raise ValueError(
-            f"context {context}, batch {question.batch}, chunk {question.chunk}: wanted at most the {config.context} "
-            f"tokens that {config.name} reads, and at least one of each"
+            f"context {context}, batch {question.batch}, chunk {question.chunk}, rank {question.rank}: wanted at most "
+            f"the {config.context} tokens that {config.name} reads, and at least one of each"
         )
     if question.ple not in ("device", "host") or (question.ple == "host" and config.per_layer_embedding is None):
         raise ValueError(f"ple is {question.ple!r}; wanted 'device', or 'host' of a model with per-layer embeddings")

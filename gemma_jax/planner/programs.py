@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -24,10 +25,13 @@ from gemma_jax.nn.paths import parameters
 from gemma_jax.nn.scanned import ScannedDecoder, refuse_unstacked
 from gemma_jax.nn.shapes import shapes
 from gemma_jax.parallel.partition import Partition
-from gemma_jax.planner import training
 from gemma_jax.planner.arithmetic import PIECES
+from gemma_jax.train import lora as adapters
+from gemma_jax.train import losses, step
 
 TRAINING_PASSES = 4  # through attention: forward, again for what was not kept, and two products backward
+OPTIMIZER = optax.adamw(1e-4)  # its moments have the dtype of the weights
+TRAINING = ("train", "lora")  # purposes
 TOWERS = ("vision/", "mm/", "audio/", "audio_mm/")
 
 
@@ -43,6 +47,7 @@ class Setting:
     dtype: str = "bfloat16"
     ple: str = "device"
     chunk: int | None = None  # tokens of a row taken at once in prefill; None: the engine's
+    rank: int = 16  # of an adapter
 
     def scope(self) -> AbstractContextManager[None]:
         """Programs traced inside are those that run on the mesh; on one device they are those without a mesh."""
@@ -54,7 +59,7 @@ class Program:
     """One function of a model, ready to be compiled.
 
     held: what lies in the devices' memory, as trees of ShapeDtypeStructs with shardings: "weights", "cache",
-        "optimizer", "inputs". All of it are arguments of the program, used or not.
+        "adapter", "optimizer", "inputs". All of it are arguments of the program, used or not.
     traffic: bytes that one device's memory reads and writes at least, by what for.
     pairs: of queries and keys that attention has to look at, in all rows, heads and layers.
     """
@@ -68,21 +73,32 @@ class Program:
 
 
 def held(purpose: str, setting: Setting) -> dict[str, Any]:
-    """What lies in memory for a purpose: "weights", and "cache" or "optimizer".
+    """What lies in memory for a purpose: "weights", and "cache", or "optimizer" and perhaps "adapter".
 
     Raises `logical.LogicalAxisError` if the mesh does not divide the weights.
     """
-    if purpose != "train":
+    if purpose not in TRAINING:
         return {"weights": abstract_model(setting), "cache": abstract_cache(setting)}
     config, partition = setting.config.decoder, setting.partition
-    model = _shapes(config, "float32", _is_stackable(config))
-    state = jax.eval_shape(training.optimizer().init, model)
+    model = _shapes(config, "float32" if purpose == "train" else setting.dtype, _is_stackable(config))
+    model = _placed(model, partition.weights(model))
+    if purpose == "train":
+        return {"weights": model, "optimizer": _at_rest(setting, jax.eval_shape(OPTIMIZER.init, model))}
+    factors = _at_rest(setting, adapters.factors(adapters.placed(model, setting.rank)))
+    optimizer = _at_rest(setting, jax.eval_shape(OPTIMIZER.init, factors))
+    return {"weights": model, "adapter": factors, "optimizer": optimizer}
 
-    def moments(leaf: Any) -> Any:
-        return _placed(leaf, partition.weights(leaf)) if isinstance(leaf, nnx.Module) else _whole(setting, leaf)
 
-    state = jax.tree.map(moments, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Module))
-    return {"weights": _placed(model, partition.weights(model)), "optimizer": state}
+def _at_rest(setting: Setting, tree: Any) -> Any:
+    """An abstract tree whose parameters lie as weights do, and all else whole; see `logical.at_rest`."""
+
+    def placed(leaf: Any) -> Any:
+        if not isinstance(leaf, nnx.Param):
+            return _whole(setting, leaf)
+        value = leaf.get_raw_value()
+        return _placed(leaf, leaf.replace(setting.partition.weight(leaf.get_metadata("dims"), value.shape)))
+
+    return jax.tree.map(placed, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
 
 
 @functools.lru_cache(maxsize=4)
@@ -183,28 +199,40 @@ def prefill(setting: Setting) -> list[Program]:
 
 
 def train(setting: Setting) -> list[Program]:
-    """A step of AdamW on all weights of the decoder, without its towers; see `training`."""
-    partition, rest = setting.partition, held("train", setting)
-    model, state = rest["weights"], rest["optimizer"]
-    shape = (setting.batch, setting.context)
+    """A step of AdamW on all weights of the decoder, without towers: float32, computed with in the setting's dtype."""
+    rest = held("train", setting)
+    state = step.State(rest["weights"], rest["optimizer"])
+    return [_training("train", setting, rest, state, None, setting.dtype)]
+
+
+def lora(setting: Setting) -> list[Program]:
+    """A step of AdamW on an adapter of all kernels, beside weights in the setting's dtype; see `train.lora`."""
+    rest = held("lora", setting)
+    state = step.State(rest["adapter"], rest["optimizer"])
+    return [_training("lora", setting, rest, state, adapters.placed(rest["weights"], setting.rank), None)]
+
+
+def _training(
+    name: str, setting: Setting, rest: Mapping[str, Any], state: step.State, adapted: Any, dtype: str | None
+) -> Program:
+    partition, shape = setting.partition, (setting.batch, setting.context)
     spec = partition.rules.spec(("batch", "act_seq"), shape, partition.mesh.shape)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(partition.mesh, spec))
-    places = jax.tree.map(lambda x: x.sharding, (model, state))
-    step = jax.jit(functools.partial(training.step, training.optimizer(), setting.dtype), donate_argnums=(0, 1),
-                   out_shardings=(*places, partition.whole()))  # fmt: skip
-    return [
-        Program(
-            name="train",
-            lower=lambda: _lowered(setting, step, model, state, tokens),
-            held={**rest, "inputs": tokens},
-            traffic={name: 2 * device_bytes(tree) for name, tree in rest.items()},  # read and written
-            tokens=setting.batch * setting.context,
-            pairs=TRAINING_PASSES * setting.batch * _pairs(setting.config, 0, setting.context),
-        )
-    ]
+    tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(partition.mesh, spec))
+    compiled = step.program(OPTIMIZER, dtype=dtype, is_remat=True)
+    changed = [name for name in rest if adapted is None or name != "weights"]  # read and written
+    return Program(
+        name=name,
+        lower=lambda: _lowered(setting, compiled, state, losses.Batch(tokens), adapted),
+        held={**rest, "inputs": tokens},
+        traffic={name: (1 + (name in changed)) * device_bytes(tree) for name, tree in rest.items()},
+        tokens=setting.batch * setting.context,
+        pairs=TRAINING_PASSES * setting.batch * _pairs(setting.config, 0, setting.context),
+    )
 
 
-PURPOSES: Mapping[str, Callable[[Setting], list[Program]]] = {"decode": decode, "prefill": prefill, "train": train}
+PURPOSES: Mapping[str, Callable[[Setting], list[Program]]] = {
+    "decode": decode, "prefill": prefill, "train": train, "lora": lora,
+}  # fmt: skip
 
 
 def _is_stackable(config: DecoderConfig) -> bool:

@@ -15,7 +15,8 @@ from gemma_jax.planner.plan import Plan, Question, checked, plan
 
 COMPILED = 2  # candidates of a topology that are compiled
 ROOM = 0.98  # of what programs can have: at least the rest is temporaries
-SEARCHED = {"decode": ("data", "seq", "model"), "prefill": ("data", "seq", "model"), "train": ("fsdp", "seq", "model")}
+SEARCHED = {"decode": ("data", "seq", "model"), "prefill": ("data", "seq", "model"), "train": ("fsdp", "seq", "model"),
+            "lora": ("fsdp", "seq", "model")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def held_bytes(question: Question, topology: Topology, sizes: Mapping[str, int])
             _check_tokens(question, context, sizes)
             if question.purpose == "train":
                 return arithmetic.trained(config, TRAIN, sizes)
+            if question.purpose == "lora":
+                return arithmetic.adapted(config, TRAIN, sizes, question.dtype, question.rank)
             given = question.batch, context, question.dtype, question.ple
             return arithmetic.served(config, SERVE, sizes, *given)
         except (LogicalAxisError, ReplicationWarning):

@@ -9,13 +9,12 @@ import pytest
 from flax import nnx
 
 import gemma_kernels
-from gemma_jax import configs
+from gemma_jax import configs, train
 from gemma_jax.configs.config import AttentionConfig, AttentionKind
 from gemma_jax.configs.slicing import Slicing
 from gemma_jax.generate.engine import Session
 from gemma_jax.generate.sampling import sampling_params
 from gemma_jax.generate.speculative import Draft, SpeculativeSession
-from gemma_jax.matformer import nested
 from gemma_jax.nn import kernels
 from gemma_jax.nn.cache import LayerCache, store
 from gemma_jax.nn.decoder import Decoder
@@ -134,7 +133,7 @@ def test_logits_and_gradients_of_a_model_are_the_same(model, spy):
     tokens = jnp.asarray(np.random.default_rng(2).integers(0, 128, (2, 150)))
 
     def loss(model):
-        return nested.next_token_loss(model, nested.Batch(tokens))
+        return train.next_token_loss(model, train.Batch(tokens))
 
     (found, theirs), (wanted, gradients) = both(jax.value_and_grad(loss), model)
     assert {name for name, is_served in spy if is_served} == {"band_attention", "table_losses"}
@@ -191,7 +190,7 @@ def test_a_real_width_compiles_for_tpu_with_its_kernels(target):
     where = tpu.sharding(target)
     model = tpu.abstract_model(config, where)
     tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32, sharding=where)
-    step = jax.jit(jax.grad(lambda model, tokens: nested.next_token_loss(model, nested.Batch(tokens))))
+    step = jax.jit(jax.grad(lambda model, tokens: train.next_token_loss(model, train.Batch(tokens))))
     with gemma_kernels.using(target):
         programs = tpu.lowered_decoding(model, where), step.lower(model, tokens)
     for program in programs:

@@ -13,12 +13,11 @@ from flax import nnx
 import gemma_checkpoints
 import gemma_jax as gj
 import gemma_kernels
-from gemma_jax import accounting, loading
+from gemma_jax import accounting, loading, train
 from gemma_jax.cli import arguments
 from gemma_jax.configs.gemma3 import GEMMA3_270M, five_to_one
 from gemma_jax.interp import Scale
 from gemma_jax.loading import DEMO_PACKAGE, find
-from gemma_jax.matformer import nested
 from gemma_jax.model import Gemma
 from gemma_jax.nn import scanned
 from gemma_jax.nn.cache import empty_cache
@@ -177,7 +176,7 @@ def test_what_needs_floats_says_how_to_load_them(pair, saved, tmp_path):
     stored, path = pair()[0], saved("gemma3", "q8_0")
     advice = r"load the model with dtype='float32'"
     with pytest.raises(ValueError, match=rf"training needs weights in floats.*\(q8_0\); {advice}"):
-        nested.start(stored.model, optax.sgd(0.1))
+        train.start(stored.model, optax.sgd(0.1))
     with pytest.raises(ValueError, match=advice):
         gj.matformer.slice(stored, ffw=32)
     with pytest.raises(ValueError, match=advice):

@@ -18,6 +18,7 @@ import optax
 from flax import nnx
 
 import gemma_jax as gj
+from gemma_jax import train as training
 from gemma_jax.configs.config import (
     AltUpConfig,
     AttentionConfig,
@@ -27,12 +28,9 @@ from gemma_jax.configs.config import (
     PerLayerEmbeddingConfig,
 )
 from gemma_jax.configs.gemma3n import layer_specs
-from gemma_jax.configs.slicing import Slicing
 from gemma_jax.generate import embedding, engine, filters
 from gemma_jax.generate.engine import Session
 from gemma_jax.generate.sampling import SamplingParams
-from gemma_jax.matformer import nested
-from gemma_jax.matformer.nested import Batch, next_token_loss
 from gemma_jax.nn import logical
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.logical import ReplicationWarning
@@ -43,8 +41,11 @@ from gemma_jax.parallel import hlo
 from gemma_jax.parallel import mesh as meshes
 from gemma_jax.parallel.partition import Partition
 from gemma_jax.parallel.rules import SERVE, TRAIN
+from gemma_jax.train import Batch, lora, next_token_loss
 
 WINDOW, LENGTH, BATCH = 16, 64, 4
+TEXTS = np.random.default_rng(0).integers(0, 128, (4, BATCH, LENGTH))
+OPTIMIZER = optax.adam(1e-3)
 
 
 def config(num_layers: int = 4, window: int = WINDOW, num_kv_heads: int = 4) -> DecoderConfig:
@@ -182,24 +183,46 @@ def stacked(model: Decoder, partition: Partition) -> dict[str, float]:
 
 def steps(model: Decoder, partition: Partition) -> dict[str, float]:
     """Losses of training with Adam, whose moments lie as the weights do, and the weights in the end."""
-    batches = np.random.default_rng(0).integers(0, 128, (4, BATCH, LENGTH))
-    step = nested.make_step(optimizer := optax.adam(1e-3))
+    step, optimizer = training.make_step(OPTIMIZER), OPTIMIZER
 
-    def trained(model: Decoder) -> tuple[list[float], Decoder]:
-        state, losses = nested.start(model, optimizer), []
-        for tokens in batches:
-            state, metrics = step(state, Batch(jnp.asarray(tokens)), Slicing())
+    def trained(model: Decoder) -> tuple[list[float], Any]:
+        state, losses = training.start(model, optimizer), []
+        for tokens in TEXTS:
+            state, metrics = step(state, Batch(jnp.asarray(tokens)))
             losses.append(float(metrics["loss"]))
-        for moment in (state.model, *(s for s in jax.tree.leaves(state.optimizer_state[0].mu, is_leaf=_is_model))):
+        for moment in (state.weights, *(s for s in jax.tree.leaves(state.optimizer_state[0].mu, is_leaf=_is_model))):
             for path, param in parameters(moment).items():
                 value, wanted = param.get_raw_value(), parameters(model)[path].get_raw_value().sharding
                 assert value.sharding.is_equivalent_to(wanted, value.ndim), f"{path} lies as {value.sharding}"
-        return losses, jax.device_get(state.model)
+        return losses, jax.device_get(state.weights)
 
     losses, weights = trained(model)
     with partition.scope():
         found, placed = trained(partition.placed(model))
     return {"loss": float(np.abs(np.asarray(found) - losses).max()), "weights": _largest(placed, weights)}
+
+
+def adapter(model: Decoder, partition: Partition) -> dict[str, float]:
+    """The same of an adapter beside weights that stay, stacked as a training of a large model has them."""
+    step = training.make_step(OPTIMIZER)
+
+    def trained(model: Any, places: Any = None) -> tuple[list[float], Any]:
+        adapted = lora.attach(model, 4, alpha=8, seed=1)
+        state, losses = training.start(adapted, OPTIMIZER), []
+        for tokens in TEXTS:
+            state, metrics = step(state, Batch(jnp.asarray(tokens)), adapted)
+            losses.append(float(metrics["loss"]))
+        wanted = None if places is None else parameters(places.weights(adapted))
+        for path, factor in state.weights.items() if wanted else ():
+            value = factor.get_raw_value()
+            assert value.sharding.is_equivalent_to(wanted[path].get_raw_value(), value.ndim), path
+        return losses, jax.device_get(state.weights)
+
+    model = stack(model)
+    losses, factors = trained(model)
+    with partition.scope():
+        found, placed = trained(partition.placed(model), partition)
+    return {"loss": float(np.abs(np.asarray(found) - losses).max()), "factors": _largest(placed, factors)}
 
 
 def _is_model(x: Any) -> bool:
@@ -274,8 +297,8 @@ def run(name: str, mesh: str, task: str) -> dict[str, float]:
     mesh, _, form = mesh.partition(" ")
     rules = dataclasses.replace(rules, is_ring=form == "ring")
     partition = Partition(meshes.make(mesh), rules)
-    if task in ("stacked", "steps", "sent"):
-        return {"stacked": stacked, "steps": steps, "sent": sent}[task](model, partition)
+    if task in ("stacked", "steps", "sent", "adapter"):
+        return {"stacked": stacked, "steps": steps, "sent": sent, "adapter": adapter}[task](model, partition)
     return (train if task == "train" else serve)(model, partition.placed(model), partition)
 
 

@@ -95,23 +95,18 @@ def train(task: dict[str, Any], processes) -> None:
     import optax
     from flax import nnx
 
-    from gemma_jax.matformer import nested
+    from gemma_jax import train as training
     from gemma_jax.nn.decoder import Decoder
     from gemma_jax.parallel.checkpoints import Checkpoints
 
     mesh, optimizer = mesh_of_all(), optax.adam(1e-3)
 
-    def make() -> nested.State:
+    def make() -> training.State:
         model = Decoder(config(), rngs=nnx.Rngs(0))
-        return nested.State(model, optimizer.init(model))
-
-    def step(state: nested.State, batch: nested.Batch) -> tuple[nested.State, jax.Array]:
-        loss, gradients = jax.value_and_grad(nested.next_token_loss)(state.model, batch)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.model)
-        return nested.State(optax.apply_updates(state.model, updates), optimizer_state), loss
+        return training.State(model, optimizer.init(model))
 
     places = jax.tree.map(lambda leaf: rule(mesh, leaf.shape), jax.eval_shape(make))
-    step = jax.jit(step, out_shardings=(places, rule(mesh, ())), donate_argnums=0)
+    step = training.make_step(optimizer)
     with Checkpoints(task["folder"], keep=2) as checkpoints:
         begin, state, row = 0, jax.jit(make, out_shardings=places)(), 0
         if checkpoints.newest is not None:
@@ -122,9 +117,9 @@ def train(task: dict[str, Any], processes) -> None:
             if i == 6 and processes.index == task.get("victim"):
                 DEEDS[task["deed"]]()
             own = np.split(batch_at(row), processes.count)[processes.index]
-            state, loss = step(state, nested.Batch(rows(mesh, own)))
+            state, metrics = step(state, training.Batch(rows(mesh, own)))
             row += ROWS
-            say([i, float(loss)])
+            say([i, float(metrics["loss"])])
             must_end = checkpoints.is_preempted(i)
             if must_end or (i + 1) % 2 == 0:
                 checkpoints.save(i + 1, state, {"row": row})

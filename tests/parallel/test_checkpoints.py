@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from gemma_checkpoints import CheckpointError
-from gemma_jax.matformer import nested
+from gemma_jax import train
 from gemma_jax.parallel import checkpoints
 from gemma_jax.parallel.checkpoints import Checkpoints
 from tests.parallel import runs
@@ -36,7 +36,7 @@ def saved(tmp_path):
 
 
 def test_a_model_and_its_optimizer_come_back(tiny_model, tmp_path):
-    state = nested.start(tiny_model, optax.adamw(1e-3))
+    state = train.start(tiny_model, optax.adamw(1e-3))
     with Checkpoints(tmp_path) as made:
         made.save(4, state, {"epoch": 1, "row": 96})
         made.wait()

@@ -72,11 +72,14 @@ def test_a_loaded_model_answers_on_a_mesh_as_on_one_device(model_folder):
 
 @pytest.mark.slow
 def test_stacked_layers_and_training_steps_on_a_mesh_are_those_of_one_device():
-    scanned, trained = run([["gemma3", "data=2,fsdp=2,model=2", "stacked"], ["gemma3", "fsdp=4,model=2", "steps"]])
+    cases = [["gemma3", "data=2,fsdp=2,model=2", "stacked"], ["gemma3", "fsdp=4,model=2", "steps"]]
+    scanned, trained, adapted = run([*cases, ["gemma3", "data=2,fsdp=2,model=2", "adapter"]])
     assert scanned["loss"] <= 1e-5, scanned
     assert scanned["gradient"] <= 1e-4, scanned
     assert trained["loss"] <= 1e-5, trained
     assert trained["weights"] <= 1e-4, trained
+    assert adapted["loss"] <= 1e-5, adapted
+    assert adapted["factors"] <= 1e-3, adapted  # b starts at 0, where Adam's first steps magnify rounding
 
 
 @pytest.mark.slow

@@ -22,6 +22,8 @@ CASES = [
     ["gemma3n", "data=2,seq=2,model=2", "decode"],
     ["gemma3", "fsdp=4,model=2", "train"],
     ["gemma3n", "fsdp=4,model=2", "train"],
+    ["gemma3", "fsdp=4,model=2", "lora"],
+    ["gemma3n", "fsdp=4,model=2", "lora"],
 ]
 
 

@@ -15,8 +15,9 @@ from gemma_jax.nn.decoder import Decoder
 from gemma_jax.parallel import mesh as meshes
 from gemma_jax.parallel.partition import Partition
 from gemma_jax.parallel.rules import SERVE, TRAIN
-from gemma_jax.planner import arithmetic, programs, training
+from gemma_jax.planner import arithmetic, programs
 from gemma_jax.planner.programs import Setting
+from gemma_jax.train import lora, start
 from tests.parallel.mesh_worker import MODELS
 
 BATCH, CONTEXT = 8, 1024
@@ -32,16 +33,19 @@ def held_by_first(tree: Any) -> int:
 def live(setting: Setting, purpose: str) -> dict[str, int]:
     partition = setting.partition
     model = partition.placed(Decoder(setting.config, rngs=nnx.Rngs(0), dtype=setting.dtype))
-    if purpose == "train":
-        state = training.optimizer().init(model)  # zeros that lie as the weights do
-        return {"weights": held_by_first(model), "optimizer": held_by_first(state)}
+    if purpose in programs.TRAINING:
+        with partition.scope():
+            trained = model if purpose == "train" else lora.attach(model, setting.rank)
+            state = start(trained, programs.OPTIMIZER)
+        found = {"weights": held_by_first(model), "optimizer": held_by_first(state.optimizer_state)}
+        return found if purpose == "train" else {**found, "adapter": held_by_first(state.weights)}
     with partition.scope():
         cache = empty_cache(setting.config, BATCH, CONTEXT, setting.dtype)
     return {"weights": held_by_first(model), "cache": held_by_first(cache)}
 
 
 def run(name: str, mesh: str, purpose: str) -> dict[str, Any]:
-    rules = TRAIN if purpose == "train" else SERVE
+    rules = TRAIN if purpose in programs.TRAINING else SERVE
     dtype = "float32" if purpose == "train" else "bfloat16"
     partition = Partition(meshes.make(mesh), rules)
     setting = Setting(config=MODELS[name](), partition=partition, target="reference", batch=BATCH, context=CONTEXT,
@@ -49,6 +53,8 @@ def run(name: str, mesh: str, purpose: str) -> dict[str, Any]:
     sizes = dict(partition.mesh.shape)
     if purpose == "train":
         predicted = arithmetic.trained(setting.config, rules, sizes)
+    elif purpose == "lora":
+        predicted = arithmetic.adapted(setting.config, rules, sizes, dtype, setting.rank)
     else:
         predicted = arithmetic.served(setting.config, rules, sizes, BATCH, CONTEXT, dtype, "device")
     program = programs.PURPOSES[purpose](setting)[-1]

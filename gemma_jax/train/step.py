@@ -1,0 +1,109 @@
+"""A training step, on one device or a mesh: of all weights, or of an adapter beside weights that stay (`train.lora`).
+
+state, step = train.start(gemma.model, optimizer), train.make_step(optimizer)
+for batch in batches:
+    state, metrics = step(state, batch)
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gemma_jax.nn import host, logical
+from gemma_jax.nn.decoder import Decoder
+from gemma_jax.nn.scanned import ScannedDecoder
+from gemma_jax.nn.sliced import SharedSlice, standing
+from gemma_jax.nn.stored import refuse_stored
+from gemma_jax.train import lora
+from gemma_jax.train.losses import Batch, next_token_loss
+
+Metrics = dict[str, jax.Array]
+Step = Callable[..., "tuple[State, Metrics]"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """What a step changes. A step takes it over (its arrays are donated): go on with the one that it returns."""
+
+    weights: Any  # a decoder, stacked or not; or the factors of an adapter
+    optimizer_state: optax.OptState
+
+
+def start(model: Decoder | ScannedDecoder, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step: of training all weights, or the factors alone of a model with an adapter.
+
+    It holds a copy of what is trained: steps do not touch `model`. Weights are updated in their own dtype; to compute
+    in bfloat16 load float32, and give `make_step` the dtype.
+    Raises: as `check_trainable`.
+    """
+    check_trainable(model)
+    whole = standing(model) if isinstance(model, Decoder) else model
+    trained: Any = jax.tree.map(jnp.copy, lora.factors(whole) or whole)
+    return State(trained, optimizer.init(trained))
+
+
+def check_trainable(model: Decoder | ScannedDecoder) -> None:
+    """Raises TypeError for what is no decoder. ValueError for one with weights in blocks, or whose per-layer embeddings
+    are mapped from a checkpoint or on the host: no gradients are computed of these.
+    """
+    if not isinstance(model, Decoder | ScannedDecoder):
+        raise TypeError(f"a {type(model).__name__} cannot be trained; wanted a Decoder, such as gemma.model")
+    if model.embedder.fetch is not None:
+        raise ValueError("the per-layer embeddings are mapped from a checkpoint; load the model without mapping them")
+    refuse_stored(model.whole if isinstance(model, SharedSlice) else model, "training")
+    if any(map(host.is_on_host, jax.tree.leaves(model))):
+        raise ValueError("the per-layer embeddings are on the host; to train them, load the model with ple='device'")
+
+
+def make_step(optimizer: optax.GradientTransformation, *, dtype: str | None = None, is_remat: bool = True) -> Step:
+    """A training step, compiled: `state, metrics = step(state, batch)`, or `step(state, batch, model)` with an adapter.
+
+    Args:
+        dtype: what is computed in, as "bfloat16"; the weights that are updated keep theirs. None: the weights' own.
+        is_remat: of a layer's values its input alone is kept for gradients, the others are computed again.
+
+    Metrics: `loss` in nats and `gradient_norm`, of the weights before the step.
+    Raises ValueError for a batch of another shape, before anything is computed or donated.
+    """
+    compiled = program(optimizer, dtype=dtype, is_remat=is_remat)
+
+    def step(state: State, batch: Batch, model: Any = None) -> tuple[State, Metrics]:
+        batch.check()
+        if model is not None and dtype is not None:
+            raise ValueError(f"dtype is {dtype!r}, but beside an adapter the model computes in its own; leave it out")
+        return compiled(state, batch, model)
+
+    return step
+
+
+def program(optimizer: optax.GradientTransformation, *, dtype: str | None, is_remat: bool) -> Any:
+    """The compiled part of `make_step`: of the state, a batch, and the adapted model whose factors the state holds."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(state: State, batch: Batch, model: Any) -> tuple[State, Metrics]:
+        def loss(weights: Any) -> tuple[jax.Array, None]:
+            kind = dtype if model is None else model.final_norm.scale.dtype
+            narrow = weights if kind is None else jax.tree.map(lambda x: x.astype(kind), weights)
+            whole = narrow if model is None else lora.with_factors(model, narrow)
+            return next_token_loss(whole, batch, is_remat=is_remat), None
+
+        state, value, _, norm = updated(optimizer, state, loss)
+        return state, {"loss": value, "gradient_norm": norm}
+
+    return run
+
+
+def updated(
+    optimizer: optax.GradientTransformation, state: State, loss: Callable[[Any], tuple[jax.Array, Any]]
+) -> tuple[State, jax.Array, Any, jax.Array]:
+    """The state after a step down `loss`, what that and its second result were before, and the gradient's norm."""
+    (value, rest), gradients = jax.value_and_grad(loss, has_aux=True)(state.weights)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.weights)
+    after = State(optax.apply_updates(state.weights, updates), optimizer_state)
+    return logical.at_rest(after), value, rest, optax.tree.norm(gradients)

@@ -1,0 +1,89 @@
+"""A training step of all weights: what it computes in, what it keeps, what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from gemma_jax import train
+from gemma_jax.nn.decoder import Decoder
+from gemma_jax.nn.paths import parameters
+from gemma_jax.nn.scanned import stack
+
+TOKENS = np.random.default_rng(0).integers(0, 120, (2, 16))
+BATCH = train.Batch(jnp.asarray(TOKENS))
+
+
+@pytest.fixture(scope="module")
+def small(make_config, with_random_norms):
+    return with_random_norms(Decoder(make_config(num_layers=2), rngs=nnx.Rngs(5)))
+
+
+@pytest.fixture(scope="module")
+def small_3n(make_3n, with_random_norms):
+    return with_random_norms(Decoder(make_3n(num_layers=3, num_shared=1), rngs=nnx.Rngs(3)))
+
+
+def gradients(model, *, is_remat):
+    step = jax.jit(jax.value_and_grad(lambda m: train.next_token_loss(m, BATCH, is_remat=is_remat)))
+    return step(model)
+
+
+@pytest.mark.parametrize("name", ["small", "stacked", "small_3n"])
+def test_layers_that_are_computed_again_give_the_same_gradients(request, name):
+    model = stack(request.getfixturevalue("small")) if name == "stacked" else request.getfixturevalue(name)
+    (want, whole), (got, remat) = (gradients(model, is_remat=flag) for flag in (False, True))
+    assert float(got) == pytest.approx(float(want), rel=1e-6)
+    for path, param in parameters(whole).items():
+        value = np.asarray(param[...])
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(parameters(remat)[path][...], value, atol=1e-4 * scale + 1e-9, err_msg=path)
+
+
+def test_layers_that_are_computed_again_keep_less(small):
+    """Of a pass of 16 tokens what goes from forward to backward: the residuals that JAX keeps."""
+
+    def kept(is_remat):
+        _, residuals = jax.eval_shape(
+            lambda m: jax.vjp(lambda m: train.next_token_loss(m, BATCH, is_remat=is_remat), m), small
+        )
+        return sum(x.size for x in jax.tree.leaves(residuals))
+
+    assert kept(True) < 0.8 * kept(False)
+
+
+def test_a_step_is_the_optimizers_on_the_losss_gradient(small):
+    optimizer = optax.sgd(0.5)
+    want, gradient = gradients(small, is_remat=False)
+    state, metrics = train.make_step(optimizer)(train.start(small, optimizer), BATCH)
+    assert float(metrics["loss"]) == pytest.approx(float(want), rel=1e-6)
+    assert float(metrics["gradient_norm"]) == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-5)
+    for path, param in parameters(small).items():
+        moved = param[...] - 0.5 * parameters(gradient)[path][...]
+        np.testing.assert_allclose(parameters(state.weights)[path][...], moved, atol=2e-6, err_msg=path)
+
+
+def test_weights_keep_their_dtype_where_another_is_computed_in(small):
+    optimizer = optax.adam(1e-3)
+    state, step = train.start(small, optimizer), train.make_step(optimizer, dtype="bfloat16")
+    state, metrics = step(state, BATCH)
+    want = float(gradients(small, is_remat=False)[0])
+    assert {param[...].dtype.name for param in parameters(state.weights).values()} == {"float32"}
+    assert float(metrics["loss"]) != want
+    assert float(metrics["loss"]) == pytest.approx(want, rel=0.02)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(small))
+
+
+def test_a_wrong_batch_leaves_the_state_as_it_was(small):
+    optimizer = optax.sgd(0.5)
+    state, step = train.start(small, optimizer), train.make_step(optimizer)
+    with pytest.raises(ValueError, match=r"tokens are int32\[16\]; wanted integers \[B, T\]"):
+        step(state, train.Batch(jnp.asarray(TOKENS[0])))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_what_is_no_decoder_is_refused():
+    with pytest.raises(TypeError, match="a dict cannot be trained"):
+        train.start({}, optax.sgd(0.5))
