@@ -50,7 +50,11 @@ def small(make_config, with_random_norms):
 
 @pytest.fixture(scope="module")
 def small_3n(make_3n, with_random_norms):
-    return with_random_norms(Decoder(make_3n(num_layers=4, num_shared=1), rngs=nnx.Rngs(3)))
+    config = make_3n(num_layers=3, num_shared=1)
+    layers = tuple(
+        dataclasses.replace(spec, activation_sparsity=0.0) for spec in config.layers
+    )
+    return with_random_norms(Decoder(dataclasses.replace(config, layers=layers), rngs=nnx.Rngs(3)))
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +90,7 @@ def test_an_adapted_model_is_the_model_with_the_changes_in_its_weights(request, 
     adapted = drawn(lora.attach(model, 3, alpha=6), scale=0.05)
     want = forward(merged(model, adapted), TOKENS)
     assert float(jnp.abs(want - forward(model, TOKENS)).max()) > 0.1
-    tolerance = 2e-4 if name == "small_3n" else 2e-5  # whose sparsity makes much of rounding
-    np.testing.assert_allclose(forward(adapted, TOKENS), want, atol=tolerance)
+    np.testing.assert_allclose(forward(adapted, TOKENS), want, atol=5e-5)
 
 
 def test_gradients_of_factors_are_those_of_the_merged_weights(small, adapted):
@@ -130,9 +133,10 @@ def test_stacked_layers_with_an_adapter_are_the_same_model(adapted):
 
 @pytest.mark.parametrize("is_stacked", [False, True])
 def test_training_descends_with_the_factors_alone(small, is_stacked):
-    model = lora.attach(stack(small) if is_stacked else small, 4)
+    model = lora.attach(stack(small) if is_stacked else small, 4, targets=("q", "v", "down"))
     before = {path: np.asarray(param[...]) for path, param in parameters(model).items()}
-    state, step = train.start(model, optax.adam(1e-2)), train.make_step(optax.adam(1e-2))
+    optimizer = optax.sgd(0.3)
+    state, step = train.start(model, optimizer), train.make_step(optimizer)
     found = []
     for _ in range(12):
         state, metrics = step(state, BATCH, model)
@@ -148,7 +152,7 @@ def test_training_descends_with_the_factors_alone(small, is_stacked):
 
 def test_factors_of_a_bfloat16_model_are_float32(make_config):
     model = lora.attach(Decoder(make_config(num_layers=1), rngs=nnx.Rngs(5), dtype="bfloat16"), 2)
-    state, step = train.start(model, optax.adam(1e-2)), train.make_step(optax.adam(1e-2))
+    state, step = train.start(model, optax.sgd(1e-2)), train.make_step(optax.sgd(1e-2))
     state, _ = step(state, BATCH, model)
     assert {factor[...].dtype.name for factor in state.weights.values()} == {"float32"}
     assert any(np.any(np.asarray(f[...])) for path, f in state.weights.items() if path.endswith("/b"))

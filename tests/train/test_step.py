@@ -1,5 +1,7 @@
 """A training step of all weights: what it computes in, what it keeps, what it refuses."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +20,16 @@ BATCH = train.Batch(jnp.asarray(TOKENS))
 
 @pytest.fixture(scope="module")
 def small(make_config, with_random_norms):
-    return with_random_norms(Decoder(make_config(num_layers=2), rngs=nnx.Rngs(5)))
+    return with_random_norms(Decoder(make_config(num_layers=1), rngs=nnx.Rngs(5)))
 
 
 @pytest.fixture(scope="module")
 def small_3n(make_3n, with_random_norms):
-    return with_random_norms(Decoder(make_3n(num_layers=3, num_shared=1), rngs=nnx.Rngs(3)))
+    config = make_3n(num_layers=2, num_shared=1)
+    layers = tuple(
+        dataclasses.replace(spec, activation_sparsity=0.0) for spec in config.layers
+    )
+    return with_random_norms(Decoder(dataclasses.replace(config, layers=layers), rngs=nnx.Rngs(3)))
 
 
 def gradients(model, *, is_remat):
@@ -31,7 +37,7 @@ def gradients(model, *, is_remat):
     return step(model)
 
 
-@pytest.mark.parametrize("name", ["small", "stacked", "small_3n"])
+@pytest.mark.parametrize("name", ["stacked", "small_3n"])
 def test_layers_that_are_computed_again_give_the_same_gradients(request, name):
     model = stack(request.getfixturevalue("small")) if name == "stacked" else request.getfixturevalue(name)
     (want, whole), (got, remat) = (gradients(model, is_remat=flag) for flag in (False, True))
