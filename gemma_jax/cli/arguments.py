@@ -39,8 +39,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         default="auto",
-        choices=("auto", "float32", "bfloat16", "stored"),
-        help="of weights; stored: as the file has them, small and fast on a CPU, which auto is for a GGUF there",
+        choices=("auto", "float32", "bfloat16", "int8", "stored"),
+        help="of weights; int8: kernels rounded, half of bfloat16; stored: as the file has them, small and fast on a "
+        "CPU, which auto is for a GGUF there",
     )
     add_ple(parser)
     parser.add_argument("--no-compilation-cache", action="store_true", help="compile every program anew")

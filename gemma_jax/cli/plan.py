@@ -22,7 +22,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--context", type=int, metavar="T", help="tokens of a row (default: the model's)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows in all (default: 1)")
     parser.add_argument("--chunk", type=int, metavar="T", help="prefill: tokens of a row taken at once")
-    parser.add_argument("--dtype", default="bfloat16", help="of weights, and what training computes in")
+    parser.add_argument("--dtype", default="bfloat16", help="of weights, or what training computes in; int8 to serve")
     parser.add_argument("--ple", default="device", choices=("device", "host"), help="3n: per-layer embeddings")
     parser.add_argument("--text-only", action="store_true", help="without the towers of images and sound")
     parser.add_argument("--no-compile", action="store_true", help="what lies in memory, by arithmetic alone")

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from gemma_jax.configs.config import DecoderConfig, LayerSpec, NormConfig
 from gemma_jax.nn import host, logical
 from gemma_jax.nn.adapted import Adapted
+from gemma_jax.nn.quantised import Int8
 from gemma_jax.nn.sites import UNTAPPED, Tap
 from gemma_jax.nn.stored import Stored
 
@@ -97,7 +98,14 @@ def product(x: Float[Array, "..."], kernel: nnx.Param | Adapted) -> Float[Array,
     """`x` [*batch, *inputs] times a kernel [*inputs, *outputs], however that is held: [*batch, *outputs]."""
     if isinstance(kernel, Adapted):
         return _adapted_product(x, kernel)
-    value, num_inputs = logical.at_use(kernel, kernel[...]), kernel.get_metadata("inputs")
+    value, num_inputs = kernel[...], kernel.get_metadata("inputs")
+    if isinstance(value, Int8):
+        whole = _product(x, logical.at_use(kernel, value.codes).astype(x.dtype), num_inputs)
+        return whole * value.scales.astype(whole.dtype)
+    return _product(x, logical.at_use(kernel, value), num_inputs)
+
+
+def _product(x: Float[Array, "..."], value: jax.Array | Stored, num_inputs: int) -> Float[Array, "..."]:
     if num_inputs > 1 and logical.current() is None:
         # as one matrix: of a product over N and H XLA on CPU makes one over H and N, and copies the weight each time
         x = x.reshape(*x.shape[: x.ndim - num_inputs], -1)

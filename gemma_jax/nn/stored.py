@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gemma_jax.nn.paths import parameters
+from gemma_jax.nn.quantised import Int8
 from gemma_kernels import blocks
 
 DTYPE = "stored"  # what `load` calls it
@@ -80,11 +81,8 @@ class Stored:
 
 
 def refuse_stored(model: nnx.Module, what: str) -> None:
-    """Raises ValueError for a model with stored weights; `what` needs floats."""
+    """Raises ValueError for a model with stored or int8 weights; `what` needs floats."""
     found = [param.get_raw_value() for param in parameters(model).values()]
-    encodings = {name for value in found if isinstance(value, Stored) for name in value.encodings}
+    encodings = {name for value in found if isinstance(value, Stored | Int8) for name in value.encodings}
     if encodings:
-        raise ValueError(
-            f"{what} needs weights in floats, but these are stored as the file has them ({', '.join(sorted(encodings))}"
-            f"); {ADVICE}"
-        )
+        raise ValueError(f"{what} needs weights in floats, but these are {', '.join(sorted(encodings))}; {ADVICE}")

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gemma_jax.nn import logical
 from gemma_jax.nn.logical import Rules
 from gemma_jax.nn.paths import parameters
+from gemma_jax.nn.quantised import Int8
 from gemma_jax.parallel import mesh as meshes
 from gemma_jax.parallel.rules import SERVE
 
@@ -47,7 +48,8 @@ class Partition:
         found = jax.tree.map(lambda leaf: self.whole(), model)
         for path, param in parameters(found).items():
             value = parameters(model)[path].get_raw_value()
-            param.set_raw_value(self.weight(param.get_metadata("dims"), value.shape))
+            there = self.weight(param.get_metadata("dims"), value.shape)
+            param.set_raw_value(Int8(there, self.whole()) if isinstance(value, Int8) else there)
         return found
 
     def placed(self, model: Module) -> Module:

@@ -69,10 +69,15 @@ def _smaller_steps(plan: Plan) -> Iterator[str]:
 
 
 def _other_numbers(plan: Plan) -> Iterator[str]:
-    question, weights = plan.question, plan.largest.held["weights"]
+    question = plan.question
     if question.purpose == "train":
         yield "an adapter instead of all weights: --for lora"
     if question.dtype == "float32" and question.purpose != "train":
+        weights = plan.largest.held["weights"]
         yield f"bfloat16: weights of {weights / 2 / GiB:.2f} GiB, and half the cache"
-    elif question.purpose not in TRAINING and plan.largest.needed - weights / 2 <= search.ROOM * plan.usable:
-        yield f"int8 weights would take about {weights / 2 / GiB:.2f} GiB (estimate); no program here has them on TPU"
+    elif (
+        question.dtype == "bfloat16"
+        and question.purpose not in TRAINING
+        and _fits(plan, replace(question, dtype="int8"))
+    ):
+        yield "int8 weights: --dtype int8"

@@ -4,12 +4,13 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from gemma_jax.configs.config import DecoderConfig
-from gemma_jax.nn import logical
+from gemma_jax.nn import logical, quantised
 from gemma_jax.nn.cache import slot_counts, slot_names
 from gemma_jax.nn.logical import Rules
 from gemma_jax.nn.paths import parameters
@@ -27,8 +28,9 @@ def served(
     config: DecoderConfig, rules: Rules, sizes: Sizes, batch: int, context: int, dtype: str, ple: str
 ) -> dict[str, int]:
     """Bytes of weights and cache on one device. Raises `logical.LogicalAxisError` if the mesh does not divide them."""
-    itemsize = jnp.dtype(dtype).itemsize
-    weights = weight_bytes(config, rules, sizes, itemsize, skips_pieces=ple == "host")
+    is_int8 = dtype == quantised.DTYPE
+    itemsize = jnp.dtype("bfloat16" if is_int8 else dtype).itemsize
+    weights = weight_bytes(config, rules, sizes, itemsize, skips_pieces=ple == "host", is_int8=is_int8)
     return {"weights": weights, "cache": cache_bytes(config, rules, sizes, batch, context, itemsize)}
 
 
@@ -52,14 +54,25 @@ def adapted(config: DecoderConfig, rules: Rules, sizes: Sizes, dtype: str, rank:
 
 
 def weight_bytes(
-    config: DecoderConfig, rules: Rules, sizes: Sizes, itemsize: int, *, skips_pieces: bool = False
+    config: DecoderConfig,
+    rules: Rules,
+    sizes: Sizes,
+    itemsize: int,
+    *,
+    skips_pieces: bool = False,
+    is_int8: bool = False,
 ) -> int:
-    """Of all weights the parts that one device holds."""
+    """Of all weights the parts that one device holds; `itemsize` is that of floats."""
     total = 0
-    for (path, dims, shape), count in _weights(config).items():
-        if not (skips_pieces and path == PIECES):
-            total += count * _held(logical.weight_spec(rules, dims, shape, sizes), shape, sizes)
-    return total * itemsize
+    for kind, count in _weights(config).items():
+        if skips_pieces and kind.path == PIECES:
+            continue
+        held = _held(logical.weight_spec(rules, kind.dims, kind.shape, sizes), kind.shape, sizes)
+        if is_int8 and kind.num_inputs is not None:  # a byte of each weight, and scales, which lie whole
+            total += count * (held + itemsize * math.prod(kind.shape[kind.num_inputs :]))
+        else:
+            total += count * held * itemsize
+    return total
 
 
 def cache_bytes(config: DecoderConfig, rules: Rules, sizes: Sizes, batch: int, context: int, itemsize: int) -> int:
@@ -76,14 +89,22 @@ def cache_bytes(config: DecoderConfig, rules: Rules, sizes: Sizes, batch: int, c
     return total * itemsize + rows * COUNTER
 
 
+class _Kind(NamedTuple):
+    path: str  # of weights that are one of a kind; "" of others
+    dims: str
+    shape: tuple[int, ...]
+    num_inputs: int | None  # of kernels that are int8 in a quantised model; None of others
+
+
 @functools.lru_cache(maxsize=8)
-def _weights(config: DecoderConfig) -> Counter[tuple[str, str, tuple[int, ...]]]:
-    """How many weights there are of each kind: the path of those that are one of a kind, dimensions, and shape."""
-    model = shapes(config)
-    return Counter(
-        (path if path == PIECES else "", param.get_metadata("dims"), param.get_raw_value().shape)
-        for path, param in parameters(model).items()
-    )
+def _weights(config: DecoderConfig) -> Counter[_Kind]:
+    """How many weights there are of each kind."""
+    found = Counter[_Kind]()
+    for path, param in parameters(shapes(config)).items():
+        num_inputs = param.get_metadata("inputs") if quantised.is_quantised(path) else None
+        own = path if path == PIECES else ""
+        found[_Kind(own, param.get_metadata("dims"), param.get_raw_value().shape, num_inputs)] += 1
+    return found
 
 
 def _held(spec: PartitionSpec, shape: tuple[int, ...], sizes: Sizes) -> int:

@@ -31,7 +31,7 @@ from gemma_jax.parallel.rules import SERVE, TRAIN
 from gemma_jax.planner import programs
 from gemma_jax.planner.programs import Program, Setting
 
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float32", "int8")
 _LIMIT = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _TEMPORARIES = re.compile(r"required for HLO temporaries \(([\d.]+)([KMG])\) exceeds available HBM")
 _UNITS = {"K": 2**10, "M": 2**20, "G": GiB}
@@ -174,8 +174,9 @@ def checked(question: Question) -> tuple[DecoderConfig, int]:
     if question.purpose not in programs.PURPOSES:
         raise ValueError(f"there is no plan for {question.purpose!r}; wanted {', '.join(programs.PURPOSES)}")
     if question.dtype not in DTYPES:
-        wanted = " or ".join(DTYPES)
-        raise ValueError(f"dtype is {question.dtype!r}; wanted {wanted}: no program here computes with others on TPU")
+        raise ValueError(f"dtype is {question.dtype!r}; wanted {' or '.join(DTYPES)}")
+    if question.dtype == "int8" and question.purpose in programs.TRAINING:
+        raise ValueError("dtype is 'int8', which is for serving; wanted 'bfloat16' or 'float32' to train in")
     if not 1 <= context <= config.context or min(question.batch, question.chunk or 1, question.rank) < 1:
         raise ValueError(
             f"context {context}, batch {question.batch}, chunk {question.chunk}, rank {question.rank}: wanted at most "

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 import gemma_kernels
 from gemma_jax.configs.config import ConfigError, DecoderConfig
 from gemma_jax.generate import engine, sampling
-from gemma_jax.nn import host
+from gemma_jax.nn import host, quantised
 from gemma_jax.nn.cache import Cache, LayerCache, empty_cache, slot_names
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.paths import parameters
@@ -48,6 +48,11 @@ class Setting:
     ple: str = "device"
     chunk: int | None = None  # tokens of a row taken at once in prefill; None: the engine's
     rank: int = 16  # of an adapter
+
+    @property
+    def floats(self) -> str:
+        """Of activations and caches, and of weights that are no int8 codes."""
+        return "bfloat16" if self.dtype == quantised.DTYPE else self.dtype
 
     def scope(self) -> AbstractContextManager[None]:
         """Programs traced inside are those that run on the mesh; on one device they are those without a mesh."""
@@ -111,7 +116,8 @@ def _shapes(config: DecoderConfig, dtype: str, is_stacked: bool) -> Any:
 
 def abstract_model(setting: Setting) -> Decoder:
     """The decoder's weights as they lie on the mesh. Raises `logical.LogicalAxisError` if they do not divide."""
-    model = _shapes(setting.config, setting.dtype, False)
+    model = _shapes(setting.config, setting.floats, False)
+    model = quantised.abstract(model) if setting.dtype == quantised.DTYPE else model
     placed = _placed(model, setting.partition.weights(model))
     if setting.ple == "host":
         pieces = parameters(placed)[PIECES]
@@ -124,7 +130,7 @@ def abstract_model(setting: Setting) -> Decoder:
 def abstract_cache(setting: Setting) -> Cache:
     """As `empty_cache` makes it on the mesh."""
     config, partition = setting.config, setting.partition
-    cache = jax.eval_shape(lambda: empty_cache(config, setting.batch, setting.context, setting.dtype))
+    cache = jax.eval_shape(lambda: empty_cache(config, setting.batch, setting.context, setting.floats))
 
     def placed(x: Any, *names: str | None) -> Any:
         spec = partition.rules.spec(names, x.shape, partition.mesh.shape)

@@ -242,6 +242,8 @@ def loaded(folder: str, mesh: str) -> dict[str, float]:
         "generate": float([c.tokens for c in many.generate(prompts, **wishes)]
                           != [c.tokens for c in one.generate(prompts, **wishes)]),
     }  # fmt: skip
+    small = [gj.load(folder, dtype="int8", mesh=where, progress=False) for where in (None, mesh)]
+    found["int8"] = _largest(*(jax.device_get(gemma.logits(tokens)) for gemma in reversed(small)))
     before = engine.decode_chunk._cache_size()
     wishes |= {"repetition_penalty": 1.3, "temperature": 1.0, "seed": 1, "logprobs": 0}
     drawn = many.generate(prompts, **wishes)  # in several chunks

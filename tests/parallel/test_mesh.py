@@ -66,7 +66,7 @@ def test_a_loaded_model_answers_on_a_mesh_as_on_one_device(model_folder):
     assert found.pop("warned") == 1
     assert found.pop("generate") == found.pop("stream") == found.pop("outside") == 0
     assert found.pop("sampled") == found.pop("compiled anew") == found.pop("unreadable") == 0
-    assert set(found) == {"logits", "states", "score", "logprobs"}
+    assert set(found) == {"logits", "int8", "states", "score", "logprobs"}
     assert max(found.values()) <= 1e-5, found
 
 

@@ -22,6 +22,7 @@ CASES = [
     ["gemma3n", "data=2,seq=2,model=2", "decode"],
     ["gemma3", "fsdp=4,model=2", "train"],
     ["gemma3n", "fsdp=4,model=2", "train"],
+    ["gemma3n", "data=2,seq=2,model=2", "decode int8"],
     ["gemma3", "fsdp=4,model=2", "lora"],
     ["gemma3n", "fsdp=4,model=2", "lora"],
 ]
@@ -50,6 +51,15 @@ def test_one_device_holds_all_of_a_model():
     config = configs.get("gemma-3-1b")
     held = arithmetic.served(config, SERVE, {}, 2, 4096, "bfloat16", "device")
     assert held == {"weights": 2 * 999_885_952, "cache": cache_bytes(config, 2, 4096) + 2 * arithmetic.COUNTER}
+
+
+def test_int8_halves_the_kernels_alone():
+    config = configs.get("gemma-3-1b")
+    held = arithmetic.served(config, SERVE, {}, 2, 4096, "int8", "device")
+    kernels = 26 * (1152 * (4 + 1 + 1) * 256 + 4 * 256 * 1152 + 3 * 1152 * 6912)
+    outputs = 26 * ((4 + 1 + 1) * 256 + 1152 + 2 * 6912 + 1152)  # a scale of two bytes for each
+    assert held["weights"] == 2 * 999_885_952 - kernels + 2 * outputs
+    assert held["cache"] == cache_bytes(config, 2, 4096) + 2 * arithmetic.COUNTER
 
 
 def test_27b_is_held_as_its_design_says():

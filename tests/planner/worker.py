@@ -10,8 +10,10 @@ from typing import Any
 import jax
 from flax import nnx
 
+from gemma_jax.nn import quantised
 from gemma_jax.nn.cache import empty_cache
 from gemma_jax.nn.decoder import Decoder
+from gemma_jax.nn.paths import parameters
 from gemma_jax.parallel import mesh as meshes
 from gemma_jax.parallel.partition import Partition
 from gemma_jax.parallel.rules import SERVE, TRAIN
@@ -32,7 +34,10 @@ def held_by_first(tree: Any) -> int:
 
 def live(setting: Setting, purpose: str) -> dict[str, int]:
     partition = setting.partition
-    model = partition.placed(Decoder(setting.config, rngs=nnx.Rngs(0), dtype=setting.dtype))
+    model = partition.placed(Decoder(setting.config, rngs=nnx.Rngs(0), dtype=setting.floats))
+    for path, param in parameters(model).items() if setting.dtype == quantised.DTYPE else ():
+        if quantised.is_quantised(path):
+            quantised.quantise(param)
     if purpose in programs.TRAINING:
         with partition.scope():
             trained = model if purpose == "train" else lora.attach(model, setting.rank)
@@ -40,13 +45,14 @@ def live(setting: Setting, purpose: str) -> dict[str, int]:
         found = {"weights": held_by_first(model), "optimizer": held_by_first(state.optimizer_state)}
         return found if purpose == "train" else {**found, "adapter": held_by_first(state.weights)}
     with partition.scope():
-        cache = empty_cache(setting.config, BATCH, CONTEXT, setting.dtype)
+        cache = empty_cache(setting.config, BATCH, CONTEXT, setting.floats)
     return {"weights": held_by_first(model), "cache": held_by_first(cache)}
 
 
-def run(name: str, mesh: str, purpose: str) -> dict[str, Any]:
+def run(name: str, mesh: str, task: str) -> dict[str, Any]:
+    purpose, _, asked = task.partition(" ")
     rules = TRAIN if purpose in programs.TRAINING else SERVE
-    dtype = "float32" if purpose == "train" else "bfloat16"
+    dtype = asked or ("float32" if purpose == "train" else "bfloat16")
     partition = Partition(meshes.make(mesh), rules)
     setting = Setting(config=MODELS[name](), partition=partition, target="reference", batch=BATCH, context=CONTEXT,
                       dtype=dtype)  # fmt: skip

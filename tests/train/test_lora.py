@@ -51,9 +51,7 @@ def small(make_config, with_random_norms):
 @pytest.fixture(scope="module")
 def small_3n(make_3n, with_random_norms):
     config = make_3n(num_layers=3, num_shared=1)
-    layers = tuple(
-        dataclasses.replace(spec, activation_sparsity=0.0) for spec in config.layers
-    )
+    layers = tuple(dataclasses.replace(spec, activation_sparsity=0.0) for spec in config.layers)
     return with_random_norms(Decoder(dataclasses.replace(config, layers=layers), rngs=nnx.Rngs(3)))
 
 
