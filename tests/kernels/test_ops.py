@@ -62,9 +62,12 @@ def test_attention_of_float32_compiles_with_the_tables_blocks_which_are_for_bflo
     ids: Any = jax.ShapeDtypeStruct((1, 8192), "int32", sharding=where)
 
     def gradients(q, k, v, ids, d_out):
-        choice = gemma_kernels.choose_band_attention(q, k, Band(window))
-        marks = Marks(None, ids, ids)
-        out, pullback = jax.vjp(lambda *x: gemma_kernels.band_attention(*x, marks, Band(window), choice), q, k, v)
+        choice, marks = gemma_kernels.choose_band_attention(q, k, Band(window)), Marks(None, ids, ids)
+
+        def attend(q, k, v):
+            return gemma_kernels.band_attention(q, k, v, marks, Band(window), choice)
+
+        out, pullback = jax.vjp(attend, q, k, v)
         return out, *pullback(d_out)
 
     with gemma_kernels.using(generation), gemma_kernels.recorded() as choices:
