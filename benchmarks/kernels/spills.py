@@ -31,19 +31,20 @@ EXPLAINED: Mapping[str, str] = {
         "(4b-local-8k, v6e)"
     ),
     "linear_cross_entropy_forward": (
-        "on v5e the matrix unit's 2,048 cycles hide the block's 1,701 bundles, spills among them. On v6e products of "
-        "512 columns of D in place of 1280 spill 2 of 514 stores, and take 1.2 times the cycles (4b-4k)"
+        "the matrix unit's 2,048 cycles on v5e, and 5,120 on tpu7x, hide the block's 1,701 and 3,671 bundles. On v6e "
+        "products of 512 columns of D in place of 1280 spill 2 of 514 stores, and take 1.2 times the cycles (4b-4k)"
     ),
     ".*linear_cross_entropy_hidden_gradient_*": (
-        "only on v5e, where the matrix unit's 2,048 cycles hide the block's 1,936 bundles, spills among them (4b-4k)"
+        "the matrix unit's cycles hide the block's bundles, spills among them: 2,048 beside 1,936 on v5e, 5,120 beside "
+        "3,522 on tpu7x (4b-4k)"
     ),
     ".*linear_cross_entropy_table_gradient_*": (
-        "on v5e as for hidden's. On v6e blocks of 512 tokens and products of 512 columns of D spill 0 of 256 stores, "
-        "and take 1.3 times the cycles (4b-4k)"
+        "as for hidden's on v5e and tpu7x. On v6e blocks of 512 tokens and products of 512 columns of D spill 0 of "
+        "256 stores, and take 1.3 times the cycles (4b-4k)"
     ),
     "decode_attention": (
-        "only of int8 caches. On tpu7x one sequence at a time in place of two spills 1 of 16 stores, and takes 1 % "
-        "more cycles (4b-ring-int8)"
+        "of int8 caches, and of 27B's on tpu7x; HBM bounds most of them. On tpu7x one sequence at a time in place of "
+        "two spills 1 of 16 stores, and takes 1 % more cycles (4b-ring-int8)"
     ),
     "group_quant_matmul": (
         "only of many rows on tpu7x. 512 outputs in place of 1024 spill 0 of 262 stores, and take 1.1 times the "
