@@ -1,5 +1,6 @@
 """Which kernels a model's programs use, by tracing them; nothing is computed and no device is needed."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -22,7 +23,8 @@ def kernel_choices(
     """Of the programs of a model every choice of a kernel that is made, each once.
 
     Args:
-        target: what they are compiled for; see `gemma_kernels.using`. None: the device at hand.
+        target: what they are compiled for; see `gemma_kernels.using`. None: what programs are traced for here, which
+            is the device at hand if nothing else was asked for.
         context: tokens of a row in training, and slots of the cache.
 
     Raises ValueError for another target.
@@ -50,7 +52,8 @@ def kernel_choices(
         programs = dict(list(programs.items())[:1])
     found: dict[str, Sequence[Choice]] = {}
     for name, trace in programs.items():
-        with gemma_kernels.using(target), gemma_kernels.recorded() as choices:
+        forced = contextlib.nullcontext() if target is None else gemma_kernels.using(target)
+        with forced, gemma_kernels.recorded() as choices:
             trace()
         found[name] = list(dict.fromkeys(choices))
     return found

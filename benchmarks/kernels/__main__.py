@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print the records and not the tables")
     command.add_argument("--tree", action="store_true", help="print the blocks of each schedule and how often they run")
     command.add_argument("--sweep", metavar="KERNEL", help="try all blocks of a kernel; the best go into the tables")
-    command.add_argument("--check", action="store_true", help="fail if ours takes 2 %% more cycles than the baseline")
+    command.add_argument("--check", action="store_true", help="fail if ours takes 2 %% more cycles, or spills more")
     command.add_argument("--update-baseline", action="store_true", help="write the figures into the baseline")
     command.add_argument("--report", action="store_true", help="write docs/kernels.md from the baseline")
     command.add_argument("--calibrate", action="store_true", help="the estimate beside times jax published for v5e")
@@ -80,13 +80,15 @@ def _chosen(options: argparse.Namespace) -> list[Case]:
 
 
 def _records(chosen: Sequence[Case], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The best of each case: of all its choices when sweeping and for peers, else of the one in the tables."""
+    """The best of each case: of the tables' blocks alone for ours, unless sweeping; else of all its choices."""
     tasks = [(case, generation) for case in chosen for generation in options.generation or GENERATIONS]
 
     def record(case: Case, generation: str, compiler: run.Compiler) -> dict[str, Any]:
         choices = case.choices
-        if case.is_ours and not options.sweep:
-            choices = (dispatch_tables.blocks_of(case, generation),)
+        if case.is_ours:
+            served = dispatch_tables.blocks_of(case, generation)
+            others = [blocks for blocks in choices if blocks != served] if options.sweep else []
+            choices = (served, *others)
         return run.best(compiler, case, generation, choices)
 
     records = run.each(tasks, record, options.jobs)
@@ -116,7 +118,7 @@ def _check(records: Sequence[dict[str, Any]], known: dict[str, baseline.Record])
     for complaint in found:
         print(complaint)
     if not found:
-        print(f"{len(records)} static estimates are within 2 % of the baseline of libtpu {dump.libtpu_version()}")
+        print(f"{len(records)} static estimates are within what the baseline of libtpu {dump.libtpu_version()} allows")
     return 1 if found else 0
 
 

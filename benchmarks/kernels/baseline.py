@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.kernels import dump
+from benchmarks.kernels import dump, spills
 from benchmarks.kernels.case import PEERS
 from benchmarks.protocol import ROOT
 
@@ -54,17 +54,21 @@ def _numbers(record: Record) -> dict[str, Any]:
 
 def complaints(records: Sequence[Record], known: Mapping[str, Record]) -> list[str]:
     """What of our kernels got worse, or cannot be compared, as sentences."""
-    found = []
+    found: list[str] = []
     for record in records:
         name = key(record)
         if record["case"].split("/")[-1] in PEERS:
             continue
         if "error" in record:
             found.append(f"{name}: does not compile: {record['error']}")
-        elif name not in known:
+            continue
+        before = {kernel["name"]: kernel for kernel in known.get(name, {"kernels": ()})["kernels"]}
+        said = (spills.complaint(kernel, before.get(kernel["name"])) for kernel in record["kernels"])
+        found += [f"{name}: {complaint}" for complaint in said if complaint]
+        if name not in known:
             found.append(f"{name}: has no baseline; write it with --update-baseline")
         elif record["cycles"] > ALLOWED * known[name]["cycles"]:
-            before = known[name]["cycles"]
-            more = record["cycles"] / before - 1
-            found.append(f"{name}: {record['cycles']:,} cycles, {more:.1%} more than the baseline's {before:,}")
+            cycles = known[name]["cycles"]
+            more = record["cycles"] / cycles - 1
+            found.append(f"{name}: {record['cycles']:,} cycles, {more:.1%} more than the baseline's {cycles:,}")
     return found

@@ -56,8 +56,8 @@ def program(shape: LossShape, kind: str, blocks: Blocks) -> Program:
 
     is_forward = kind == "forward"
     chunks = shape.width // _chunk(shape.width, sizes["width"])
-    trips = {"loop 1": chunks - 1.0} if chunks > 1 else {}  # the first chunk of D stands before the loop
-    if not is_forward:
+    trips = {"loop 1": chunks - 1.0} if chunks > 2 else {}  # the first chunk of D stands before; one more is no loop
+    if not is_forward and chunks > 1:
         trips["loop 2" if trips else "loop 1"] = chunks
     own = shape.vocab // sizes["vocab"] if kind == "table_gradient" else shape.tokens // sizes["tokens"]
     written = {"forward": 0, "hidden_gradient": shape.tokens, "table_gradient": shape.vocab}[kind]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks import tables
-from benchmarks.kernels import calibrate, dump, plot
+from benchmarks.kernels import calibrate, dump, plot, spills
 from benchmarks.kernels.case import OURS, PEERS
 from benchmarks.kernels.generations import GENERATIONS
 from benchmarks.protocol import ROOT
@@ -24,6 +24,7 @@ def publish(known: Mapping[str, Record]) -> None:
         "kernels-calibration": calibrate.text(),
         "kernels-peers": f"{note}\n\n{beside_peers(records)}",
         "kernels": f"{note}\n\n{figures(records)}",
+        "kernels-spills": spills.reasons(),
     }
     tables.fill_file(PAGE, parts)
     plot.draw(records, PICTURE)
@@ -56,20 +57,22 @@ def beside_peers(records: Sequence[Record]) -> str:
         cells = [f"{row[name]['static_mfu']:.2f}" if name in row else "–" for name in names]
         cells += [f"{row[peer]['cycles'] / best['cycles']:.2f}x" if peer in row else "–" for peer in peers]
         rows.append([f"{kernel} {shape}", generation, _steady(best), *cells])
-    header = ["", "generation", "best, steady", *names, *(f"{peer} / best of ours, cycles" for peer in peers)]
+    header = ["", "generation", "best of ours, steady", *names, *(f"{peer} / best of ours, cycles" for peer in peers)]
     return tables.table(header, rows)
 
 
 def _steady(record: Record) -> str:
+    """Also of which of our implementations it is."""
     values = [kernel["steady_mfu"] for kernel in record["kernels"]]
-    return f"{values[0]:.2f}" if len(values) == 1 and values[0] else "–"
+    name = record["case"].split("/")[-1]
+    return f"{values[0]:.2f} ({name})" if len(values) == 1 and values[0] else "–"
 
 
 def figures(records: Sequence[Record]) -> str:
     """What the compiler says of each case: one row for each of its kernels, the call's figures in the first."""
     header = ["", "generation", "blocks", "MFU", "cycles", "compute ms", "memory ms", "steps ms", "bound"]
-    header += ["of HBM's speed, at most", "main block: bundles", "MXU busy", "other paths", "spill stores", "fills"]
-    header += ["VMEM MiB", "temp MiB", "compile s"]
+    header += ["of HBM's speed, at most", "main block: bundles", "MXU busy", "other paths"]
+    header += ["spill stores", "of all stores", "fills", "VMEM MiB", "temp MiB", "compile s"]
     rows = []
     for record in records:
         times = record["milliseconds"]
@@ -87,13 +90,14 @@ def figures(records: Sequence[Record]) -> str:
 def _kernel_cells(kernel: Mapping[str, Any]) -> list[str]:
     main = kernel["main"]
     busy = main["matmul_cycles"] / max(main["bundles"], main["matmul_cycles"])
-    counts = [f"{main[name]:,}" for name in ("spill_stores", "spill_loads")]
     others = ", ".join(f"{other['bundles']:,} x {other['runs']:,.0f}" for other in kernel["others"]) or "–"
     return [
         f"{main['bundles']:,} x {main['runs']:,.0f}",
         f"{busy:.0%}",
         others,
-        *counts,
+        f"{main['spill_stores']:,}",
+        f"{spills.share(kernel):.0%}",
+        f"{main['spill_loads']:,}",
         tables.number(kernel["vmem_bytes"] / 2**20),
     ]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import registry
+from benchmarks.kernels import spills
 from benchmarks.kernels.case import Blocks, Case
 from benchmarks.protocol import ROOT, PeerError, Worker
 
@@ -72,10 +73,15 @@ def sweep(compiler: Compiler, case: Case, generation: str, choices: Sequence[Blo
         record = compiler.figures(case, generation, blocks)
         record |= {"case": case.name, "generation": generation, "blocks": dict(blocks)}
         records.append(record)
-        said = record.get("error") or f"{record['cycles']:,} cycles"
+        said = record.get("error") or _said(record)
         took = f"{time.perf_counter() - start:.0f} s"
         print(f"{case.name} {generation} {dict(blocks)}: {said} ({took})", file=sys.stderr, flush=True)
     return sorted(records, key=_worth)
+
+
+def _said(record: Record) -> str:
+    stores = "; ".join(f"{kernel['name']}: {spills.text(kernel)}" for kernel in record["kernels"])
+    return f"{record['cycles']:,} cycles; {stores}"
 
 
 def best(compiler: Compiler, case: Case, generation: str, choices: Sequence[Blocks]) -> Record:

@@ -21,9 +21,10 @@ from benchmarks.kernels import (
     dump,
     report,
     run,
+    spills,
     splash,
 )
-from benchmarks.kernels.case import Case, Entry, Program
+from benchmarks.kernels.case import PEERS, Case, Entry, Program
 from benchmarks.kernels.generations import GENERATIONS
 from tests.tpu import needs_libtpu
 
@@ -34,8 +35,8 @@ def record(case: str = "band/4b/ours", generation: str = "v5e", cycles: int = 10
         "runs": 1,
         "bundles": 90,
         "matmul_cycles": 45,
-        "stores": 9,
-        "spill_stores": 3,
+        "stores": 90,
+        "spill_stores": 9,
         "spill_loads": 2,
     }
     kernel = {"name": "band", "steps": 4, "cycles": cycles, "vmem_bytes": 2**20, "steady_mfu": 0.5}
@@ -96,6 +97,39 @@ def test_failures_and_unknown_cases_are_complaints_and_peers_are_not():
     assert "no baseline" in found[1]
 
 
+def spilling(num_spills: int, name: str = "band") -> dict[str, Any]:
+    """A record whose kernel has so many spills among its 90 stores."""
+    found = record()
+    main = {**found["kernels"][0]["main"], "spill_stores": num_spills}
+    return {**found, "kernels": [{**found["kernels"][0], "name": name, "main": main}]}
+
+
+def test_spills_of_over_a_tenth_of_the_stores_want_a_reason(monkeypatch: pytest.MonkeyPatch):
+    known = {"band/4b/ours/v5e": spilling(10)}
+    assert baseline.complaints([spilling(9)], known) == []
+    (complaint,) = baseline.complaints([spilling(10)], known)
+    assert complaint.startswith("band/4b/ours/v5e: band: 10 of 90 vector stores are spills, over 10%")
+    monkeypatch.setattr(spills, "EXPLAINED", {"ban.": "why"})
+    assert baseline.complaints([spilling(10)], known) == []
+
+
+def test_spills_that_grow_by_over_a_tenth_of_the_stores_are_a_complaint_whatever_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(spills, "EXPLAINED", {"band": "why"})
+    known = {"band/4b/ours/v5e": spilling(50)}
+    assert baseline.complaints([spilling(59)], known) == []
+    (complaint,) = baseline.complaints([spilling(60)], known)
+    assert "60 of 90 vector stores are spills, 10 more than the baseline's" in complaint
+
+
+def test_every_kernel_of_the_baseline_that_spills_much_has_a_reason():
+    records = [json.loads(path.read_text())["records"] for path in baseline.FOLDER.glob("libtpu-*.json")]
+    ours = [record for known in records for record in known.values() if record["case"].split("/")[-1] not in PEERS]
+    many = {kernel["name"] for record in ours for kernel in record["kernels"] if spills.share(kernel) > spills.ALLOWED}
+    assert not [name for name in many if spills.reason(name) is None]
+
+
 def test_tables_hold_the_blocks_of_each_kernel_of_an_operation(tmp_path: Path):
     def case(*parts: str) -> Case:
         entry = Entry(kernel="band_attention", shape={"head_dim": 256, "window": 1024}, parts=parts)
@@ -120,7 +154,7 @@ def test_a_sweep_takes_the_best_blocks_of_each_kernel():
     class Compiler:
         def figures(self, case: Case, generation: str, blocks: dict[str, str]) -> dict[str, Any]:
             of_dq, of_dkv = cycles[blocks["dq"]][0], cycles[blocks["dkv"]][1]
-            kernels = [{"cycles": of_dq}, {"cycles": of_dkv}]
+            kernels = [{**record()["kernels"][0], "cycles": cycles} for cycles in (of_dq, of_dkv)]
             return {
                 "cycles": of_dq + of_dkv,
                 "milliseconds": {"compute": of_dq + of_dkv},
@@ -139,7 +173,7 @@ def test_a_sweep_takes_the_best_blocks_of_each_kernel():
 def test_of_blocks_that_memory_bounds_alike_the_smaller_are_taken():
     class Compiler:
         def figures(self, case: Case, generation: str, blocks: dict[str, int]) -> dict[str, Any]:
-            kernels = [{"cycles": 9 - blocks["keys"], "vmem_bytes": blocks["keys"]}]
+            kernels = [{**record()["kernels"][0], "cycles": 9 - blocks["keys"], "vmem_bytes": blocks["keys"]}]
             times = {"compute": 1.0, "memory": 2.0, "steps": 4 / blocks["keys"]}
             return {"cycles": kernels[0]["cycles"], "milliseconds": times, "bound": "memory", "kernels": kernels}
 
@@ -154,8 +188,11 @@ def test_the_report_sets_ours_beside_the_peers():
     assert [entry["case"] for entry in records] == ["alone/4b/ours", "band/4b/ours", "band/4b/splash"]
     lines = report.beside_peers(records).splitlines()
     assert len(lines) == 3
-    assert lines[-1] == "| band 4b | v5e | 0.50 | 0.40 | 0.27 | 1.50x |"
-    assert "| 256 2 |" in report.figures(records)
+    assert lines[-1] == "| band 4b | v5e | 0.50 (ours) | 0.40 | 0.27 | 1.50x |"
+    figures = report.figures(records).splitlines()
+    assert "| 256 2 |" in figures[2]
+    shown = dict(zip(figures[0].split(" | "), figures[2].split(" | "), strict=True))
+    assert (shown["spill stores"], shown["of all stores"], shown["fills"]) == ("9", "10%", "2")
 
 
 def test_every_case_has_choices_that_fit_its_entry():

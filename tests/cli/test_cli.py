@@ -101,6 +101,24 @@ def test_inspect_counts_the_towers_and_what_layers_share(run):
     assert report["cache_bytes"] == (256 + 16) * 2**20
 
 
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [("v6e", "decode_attention: tpu {"), ("reference", "decode_attention: XLA (no kernel for reference)")],
+)
+def test_inspect_prints_which_kernels_serve(run, target, words):
+    code, out, _ = run("inspect", "gemma-3-270m", "--kernels", target, "--context", "1024", model=False)
+    assert code == 0
+    choices = out[out.index("\ndecoding:\n") :]
+    assert words in choices
+    assert ("XLA" in choices) == (target == "reference")
+
+
+def test_inspect_names_the_kernels_targets_for_another_one(run):
+    code, _, err = run("inspect", "gemma-3-270m", "--kernels", "v4", "--context", "1024", model=False)
+    assert code == 2
+    assert "the kernels' target is 'v4'; wanted one of reference" in err
+
+
 def test_inspect_lists_the_tensors_of_a_folder(run, model_folder):
     code, out, _ = run("inspect", str(model_folder), model=False)
     assert code == 0

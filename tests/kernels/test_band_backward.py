@@ -33,7 +33,7 @@ def blocks_of(block_q: int, block_kv: int, heads: int, tiles: int, fused: int | 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is fixed of a compiled gradient; B is 2, K is 1, H is 128."""
+    """What is fixed of a compiled gradient; B is 2, K is 1."""
 
     band: Band
     blocks: AttentionBlocks
@@ -41,6 +41,7 @@ class Case:
     num_queries: int = 512
     num_keys: int = 512
     marks: str = ""  # some of: segments spans offsets
+    width: int = 128
 
     @functools.cached_property
     def gradients(self):
@@ -61,9 +62,9 @@ class Case:
 
     def arrays(self, seed: int, dtype: str = "float32") -> list[jax.Array]:
         rng = np.random.default_rng(seed)
-        query, key = (2, self.num_heads, self.num_queries, 128), (2, 1, self.num_keys, 128)
+        query, key = (2, self.num_heads, self.num_queries, self.width), (2, 1, self.num_keys, self.width)
         arrays = [rng.standard_normal(shape) for shape in (query, key, key, query)]
-        arrays[0] *= 128**-0.5
+        arrays[0] *= self.width**-0.5
         return [jnp.asarray(x, dtype) for x in arrays]
 
     def marks_of(self, seed: int) -> Marks:
@@ -91,6 +92,7 @@ CASES = {
     "window in one step": Case(Band(256), blocks_of(128, 128, 2, 4), marks="segments"),
     "window that is no multiple of a tile": Case(Band(130), blocks_of(256, 128, 1, 4)),
     "window in several steps": Case(Band(300), blocks_of(128, 128, 2, 2), marks="segments"),
+    "window tile by tile": Case(Band(130), blocks_of(128, 128, 2, 1), 2, 256, 256, marks="segments"),
     "window with softcap": Case(Band(128, softcap=2.0), blocks_of(256, 128, 2, 4)),
     "window with images": Case(Band(256, max_span=128), blocks_of(128, 128, 2, 4), marks="segments spans"),
     "chunk against a cache": Case(Band(200), blocks_of(128, 128, 2, 8), 2, 300, 700, marks="offsets"),
@@ -125,6 +127,13 @@ def test_gradients_are_those_of_the_reference(name):
         assert_close(*case.gradients(*case.arrays(seed), case.marks_of(seed)))
 
     check()
+
+
+@pytest.mark.parametrize("width", [128, 256])
+@pytest.mark.parametrize("name", ["window in one step", "global", "fused"])
+def test_gradients_of_heads_of_either_width_are_those_of_the_reference(name, width):
+    case = dataclasses.replace(CASES[name], num_queries=256, num_keys=256, width=width)
+    assert_close(*case.gradients(*case.arrays(0), case.marks_of(0)))
 
 
 def test_a_query_that_sees_nothing_has_no_gradient_and_gives_none():
@@ -180,12 +189,15 @@ def test_shapes_that_do_not_fit_are_named():
         TileBlocks(128, 128, 1, 0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["window in one step", "global with images", "fused"])
+RACED = ("window in one step", "global with images", "fused")
+
+
+@pytest.mark.parametrize("name", ["window tile by tile", *(pytest.param(x, marks=pytest.mark.slow) for x in RACED)])
 def test_no_race_no_unset_memory_and_no_read_out_of_bounds(name):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 
-    case = dataclasses.replace(CASES[name], num_queries=384, num_keys=384)
+    case = CASES[name]
+    case = dataclasses.replace(case, num_queries=min(case.num_queries, 384), num_keys=min(case.num_keys, 384))
     params = pltpu.InterpretParams(
         detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", dma_execution_mode="on_wait"
     )

@@ -37,6 +37,7 @@ class Case:
     num_heads: int = 2
     num_key_heads: int = 1
     dtype: str = "float32"
+    width: int = 128
 
 
 def marks_of(case: Case, seed: int = 0, rows: int = 2) -> Marks:
@@ -72,8 +73,8 @@ def mask_of(case: Case, marks: Marks) -> jax.Array:
 
 def inputs_of(case: Case, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
     draw = np.random.default_rng(seed)
-    keys = 2, case.num_key_heads, case.num_keys, 128
-    q = draw.normal(size=(2, case.num_heads, case.num_queries, 128)) * 128**-0.5
+    keys = 2, case.num_key_heads, case.num_keys, case.width
+    q = draw.normal(size=(2, case.num_heads, case.num_queries, case.width)) * case.width**-0.5
     q, k, v = (jnp.asarray(x, case.dtype) for x in (q, draw.normal(size=keys), draw.normal(size=keys)))
     return q, k, v
 
@@ -108,6 +109,7 @@ def cases(draw) -> Case:
         num_key_heads * heads * draw(st.sampled_from([1, 2])),
         num_key_heads,
         draw(st.sampled_from(["float32", "bfloat16"])),
+        draw(st.sampled_from([128, 256])),
     )
 
 
@@ -122,6 +124,13 @@ def test_the_forward_equals_the_reference(case):
 @given(cases(), st.integers(0, 2**16))
 def test_the_forward_equals_the_reference_in_many_cases(case, seed):
     assert_equals_reference(case, *inputs_of(case, seed), marks_of(case, seed))
+
+
+@pytest.mark.parametrize("width", [128, 256])
+@pytest.mark.parametrize("window", [100, None], ids=["window", "stream"])
+def test_heads_of_either_width_equal_the_reference(window, width):
+    case = Case(256, 256, Band(window, 5.0), BandBlocks(128, 128, 2), has_segments=True, width=width)
+    assert_equals_reference(case, *inputs_of(case), marks_of(case))
 
 
 @pytest.mark.parametrize("window", [256, None], ids=["window", "stream"])

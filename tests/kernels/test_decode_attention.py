@@ -158,6 +158,14 @@ def test_it_equals_the_reference_over_shapes(data: st.DataObject):
     np.testing.assert_allclose(out, expected(case, x)[0], atol=5e-6, rtol=5e-6)
 
 
+@pytest.mark.parametrize("width", [128, 256])
+@pytest.mark.parametrize("window", [100, None])
+def test_heads_of_either_width_equal_the_reference(window: int | None, width: int):
+    case = Case(H=width, T=2, window=window)
+    x = inputs(case, [130, 256])
+    np.testing.assert_allclose(run(case, unused_as(jnp.nan, case, x)), expected(case, x)[0], atol=3e-6, rtol=3e-6)
+
+
 @pytest.mark.parametrize("is_int8", [False, True])
 def test_bfloat16_is_as_near_as_its_rounding(is_int8: bool):
     case = Case(dtype="bfloat16", is_int8=is_int8, T=2)

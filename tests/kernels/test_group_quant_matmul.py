@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_kernels import reference
 from gemma_kernels.tpu.group_quant_matmul import QuantMatmulBlocks, group_quant_matmul
+from tests import tpu
 from tests.tpu import needs_libtpu
 
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 1.5e-2}  # of the largest output; 2^-8 thrice: weights, x, result
@@ -179,3 +180,20 @@ def test_kernel_compiles_for_tpu_and_the_dequantised_weights_never_reach_memory(
     assert memory is not None
     intermediate = num_rows * 10240 * 2 if form == "backward" else 0  # the product, whose gradient is taken
     assert memory.temp_size_in_bytes <= intermediate + 2**20
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("generation", ["v5e", "v6e"])
+@pytest.mark.parametrize(("num_rows", "mebibytes"), [(1, 0), (8, 220)])
+def test_xla_writes_the_weights_dequantised_to_memory_where_there_are_rows_to_share_them(
+    generation, num_rows, mebibytes
+):
+    """What the kernel is for; docs/kernels.md names the figure. A matrix of Gemma 3 27B's feed-forward."""
+    where = tpu.sharding(generation)
+    sizes = ((num_rows, 5376), "bfloat16"), ((5376, 21504), "int4"), ((5376 // 32, 21504), "bfloat16")
+    shapes = [jax.ShapeDtypeStruct(*size, sharding=where) for size in sizes]
+    product = jax.jit(lambda x, values, scales: x @ reference.dequantised(values, scales, x.dtype))
+    memory = product.lower(*shapes).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes >> 20 == mebibytes

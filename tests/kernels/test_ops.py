@@ -10,6 +10,7 @@ import pytest
 import gemma_kernels
 from gemma_kernels import Band, Marks, dispatch, reference
 from gemma_kernels.tpu.linear_cross_entropy import gradient_vmem
+from tests import tpu
 
 
 @pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 12, 16, 22, 23, 64, 65, 700])
@@ -45,6 +46,35 @@ def test_blocks_of_the_loss_fit_into_vmem(generation, mebibytes, dtype, width):
     for name, own, other in (("hidden_gradient", "tokens", "vocab"), ("table_gradient", "vocab", "tokens")):
         held = gradient_vmem(blocks[name][own], blocks[name][other], width, itemsize)
         assert held + (4 << 20) < mebibytes << 20
+
+
+@tpu.needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("generation", "width"), [*((generation, 256) for generation in dispatch.GENERATIONS), ("v5e", 128), ("v6e", 128)]
+)
+@pytest.mark.parametrize("window", [1024, None])
+def test_attention_of_float32_compiles_with_the_tables_blocks_which_are_for_bfloat16(generation, width, window):
+    """Of Gemma 3 4B's and 27B's heads, forward and backward: the compiler refuses what VMEM cannot hold."""
+    heads, key_heads = (8, 4) if width == 256 else (32, 16)
+    where = tpu.sharding(generation)
+    q, k = (jax.ShapeDtypeStruct((1, n, 8192, width), "float32", sharding=where) for n in (heads, key_heads))
+    ids: Any = jax.ShapeDtypeStruct((1, 8192), "int32", sharding=where)
+
+    def gradients(q, k, v, ids, d_out):
+        choice, marks = gemma_kernels.choose_band_attention(q, k, Band(window)), Marks(None, ids, ids)
+
+        def attend(q, k, v):
+            return gemma_kernels.band_attention(q, k, v, marks, Band(window), choice)
+
+        out, pullback = jax.vjp(attend, q, k, v)
+        return out, *pullback(d_out)
+
+    with gemma_kernels.using(generation), gemma_kernels.recorded() as choices:
+        memory = jax.jit(gradients).lower(q, k, k, ids, q).compile().memory_analysis()
+    assert [choice.kernel for choice in choices] == ["tpu"]
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 8 * 2**20  # of the sums alone, as in bfloat16
 
 
 def test_queries_whose_columns_are_known_only_when_it_runs_are_not_served_on_gpu():
