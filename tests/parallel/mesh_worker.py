@@ -59,10 +59,11 @@ def config(num_layers: int = 4, window: int = WINDOW, num_kv_heads: int = 4) -> 
                          period=2)  # fmt: skip
 
 
-def gemma3n() -> DecoderConfig:
-    base = config(8, num_kv_heads=2)
-    is_local = [(i + 1) % 4 != 0 for i in range(8)]
-    layers = layer_specs(is_local, [64] * 8, [0.95 if i < 2 else 0.0 for i in range(8)], 3)
+def gemma3n(num_layers: int = 8, num_shared: int = 3) -> DecoderConfig:
+    base = config(num_layers, num_kv_heads=2)
+    is_local = [(i + 1) % 4 != 0 for i in range(num_layers)]
+    sparsity = [0.95 if i < 2 else 0.0 for i in range(num_layers)]
+    layers = layer_specs(is_local, [64] * num_layers, sparsity, num_shared)
     attention = dataclasses.replace(base.attention, has_v_norm=True, query_pre_attn_scalar=1.0)
     return dataclasses.replace(
         base, attention=attention, layers=layers, period=4, altup=AltUpConfig(num_streams=3), laurel_rank=4,
@@ -73,6 +74,7 @@ def gemma3n() -> DecoderConfig:
 MODELS: dict[str, Callable[[], DecoderConfig]] = {
     "gemma3": config,
     "gemma3n": gemma3n,
+    "small gemma3n": lambda: gemma3n(5, 1),
     "one key head": lambda: config(num_kv_heads=1),
     "wide window": lambda: config(window=40),  # wider than a device's piece of the tokens: it comes in several hops
 }
@@ -307,7 +309,7 @@ def run(name: str, mesh: str, task: str) -> dict[str, float]:
 def main() -> None:
     warnings.simplefilter("error", ReplicationWarning)
     for case in json.loads(sys.argv[1]):
-        with jax.enable_x64(case[0] == "gemma3n"):  # whose sparsity makes much of rounding
+        with jax.enable_x64("gemma3n" in case[0]):  # whose sparsity makes much of rounding
             found = run(*case)
         sys.stdout.write(json.dumps([case, found]) + "\n")
         sys.stdout.flush()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.quick import FLAGS
+
 ROOT = Path(__file__).parent.parent.parent
 DEVICES = 8
 
@@ -15,7 +17,7 @@ DEVICES = 8
 def run(cases: list[list[str]]) -> list[dict[str, float]]:
     """The largest differences of each case; see mesh_worker.py."""
     path = os.pathsep.join(str(ROOT / part) for part in (".", "checkpoints", "kernels"))
-    flags = f"--xla_force_host_platform_device_count={DEVICES}"
+    flags = f"{FLAGS} --xla_force_host_platform_device_count={DEVICES}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     command = [sys.executable, str(ROOT / "tests/parallel/mesh_worker.py"), json.dumps(cases)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False, timeout=900)
@@ -45,7 +47,11 @@ def test_logits_and_generation_on_a_mesh_are_those_of_one_device(model, mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "mesh"),
-    [("gemma3", "fsdp=2,seq=2,model=2"), ("one key head", "data=2,seq=2,model=2 ring"), ("gemma3n", "fsdp=4,model=2")],
+    [
+        ("gemma3", "fsdp=2,seq=2,model=2"),
+        ("one key head", "data=2,seq=2,model=2 ring"),
+        ("small gemma3n", "fsdp=4,model=2"),
+    ],
 )
 def test_losses_and_gradients_on_a_mesh_are_those_of_one_device(model, mesh):
     (found,) = run([[model, mesh, "train"]])

@@ -13,6 +13,7 @@ from gemma_jax.nn.cache import cache_bytes
 from gemma_jax.nn.logical import LogicalAxisError
 from gemma_jax.parallel.rules import SERVE, TRAIN
 from gemma_jax.planner import arithmetic
+from tests.quick import FLAGS
 
 ROOT = Path(__file__).parent.parent.parent
 CASES = [
@@ -31,7 +32,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def found():
     path = os.pathsep.join(str(ROOT / part) for part in (".", "checkpoints", "kernels"))
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = f"{FLAGS} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     command = [sys.executable, str(ROOT / "tests/planner/worker.py"), json.dumps(CASES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False, timeout=900)
