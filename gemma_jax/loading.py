@@ -39,7 +39,7 @@ from gemma_jax.nn.paths import path_within, weights
 from gemma_jax.nn.shapes import shapes
 from gemma_jax.parallel import mesh as meshes
 from gemma_jax.parallel.partition import Partition
-from gemma_jax.parallel.rules import SERVE
+from gemma_jax.parallel.rules import SERVE, TABLES
 from gemma_jax.text.tokenizer import Tokenizer
 from gemma_jax.text.vocabulary import TokenizerError
 from gemma_kernels.cpu import native
@@ -54,7 +54,7 @@ def load(
     *,
     dtype: str = "auto",
     mesh: str | Mapping[str, int] | Mesh | None = None,
-    rules: Rules = SERVE,
+    rules: Rules | str = SERVE,
     sharding: Placement | None = None,
     overrides: Mapping[str, Any] | Sequence[str] | None = None,
     lora: str | os.PathLike | None = None,
@@ -80,7 +80,7 @@ def load(
         mesh: devices to divide the model between, as "data=2,model=4" (all that JAX has, of all processes) or a mesh of
             `parallel.mesh.make`; `parallel.rules` says what its axes mean. All that is then asked of the model is
             computed there; answers are those of one device. Batches should be multiples of the data axes.
-        rules: for the mesh; `parallel.rules.TRAIN` to train.
+        rules: for the mesh: "serve", "train", or a table of your own; see `parallel.rules`.
         sharding: for programs of your own: where weights go; one sharding for all, or a function of a weight's
             dimensions (such as "D N H", see `nn.layers.weight`) and shape. None: JAX's default device.
         overrides: changes to the config in the file by dotted path, as {"attention.local.window": 256}.
@@ -117,7 +117,7 @@ def load(
 
 
 def _partition(
-    mesh: str | Mapping[str, int] | Mesh | None, rules: Rules, sharding: Placement | None, ple: str
+    mesh: str | Mapping[str, int] | Mesh | None, rules: Rules | str, sharding: Placement | None, ple: str
 ) -> Partition | None:
     """Raises ValueError for what does not go with a mesh."""
     if mesh is None:
@@ -125,7 +125,12 @@ def _partition(
     if sharding is not None or ple != "device":
         other = "sharding says where weights go too" if sharding is not None else f"ple={ple!r} is for one device"
         raise ValueError(f"mesh is {mesh}, but {other}; leave one of them out")
-    return Partition(mesh if isinstance(mesh, Mesh) else meshes.make(mesh), rules)
+    table = TABLES.get(rules) if isinstance(rules, str) else rules
+    if table is None:
+        raise ValueError(
+            f"rules are {rules!r}; wanted {' or '.join(map(repr, TABLES))}, or a table of `parallel.rules`"
+        )
+    return Partition(mesh if isinstance(mesh, Mesh) else meshes.make(mesh), table)
 
 
 def _fitting_tokenizer(reader: Reader, path: Path, config: DecoderConfig) -> Tokenizer | None:

@@ -3,6 +3,7 @@
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+import gemma_jax as gj
 from gemma_jax.nn.logical import LogicalAxisError, ReplicationWarning
 from gemma_jax.parallel import mesh as meshes
 from gemma_jax.parallel.mesh import MeshError
@@ -65,3 +66,10 @@ def test_an_activation_that_no_axis_divides_lies_whole_and_says_so():
     assert one == PartitionSpec(("data",), None, ("model", "seq"))
     with pytest.raises(LogicalAxisError, match="the rules 'serve' have no 'batches'"):
         SERVE.axes_of("batches")
+
+
+def test_rules_that_are_no_table_are_named(model_folder):
+    for rules in ("serve", "train"):
+        assert gj.load(model_folder, mesh="model=1", rules=rules, progress=False).partition.rules.name == rules
+    with pytest.raises(ValueError, match="rules are 'training'; wanted 'serve' or 'train', or a table"):
+        gj.load(model_folder, mesh="model=1", rules="training", progress=False)
