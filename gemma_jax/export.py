@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from gemma_checkpoints import GGUFFolderWriter, GGUFWriter, Layout, SafetensorsWriter, Writer, encodings, families, lora
 from gemma_checkpoints.encodings import Encoding
 from gemma_checkpoints.families import DecoderSizes, NoPlaceError, SiglipSizes
 from gemma_checkpoints.gemma3n import Block, ConformerSizes, MobileNetSizes
-from gemma_checkpoints.names import Entry, Table
+from gemma_checkpoints.names import Assembly, Entry, Table
 from gemma_checkpoints.rows import FORMATS
 from gemma_jax.configs import gemma3n
 from gemma_jax.configs.config import ConfigError, DecoderConfig, VisionConfig
@@ -19,6 +21,10 @@ from gemma_jax.configs.huggingface import to_huggingface
 from gemma_jax.configs.sentence_transformers import to_files
 from gemma_jax.configs.serialise import to_data
 from gemma_jax.configs.towers import AudioConfig, MobileNetConfig
+from gemma_jax.nn.decoder import Decoder
+from gemma_jax.nn.paths import weights
+from gemma_jax.nn.sliced import standing
+from gemma_jax.nn.stored import refuse_stored
 from gemma_jax.text.tokenizer import Tokenizer
 from gemma_jax.text.vocabulary import gguf_metadata, serialise
 
@@ -65,6 +71,31 @@ def table(format: str, config: DecoderConfig, style: str | None = None) -> Table
     except NoPlaceError as error:
         hint = "; leave the towers out (text_only, --text-only)" if any(towers) else ""
         raise ConfigError(f"config {config.name!r} cannot be written: {error}{hint}") from None
+
+
+def save(
+    destination: str | os.PathLike,
+    format: str,
+    config: DecoderConfig,
+    model: Decoder,
+    tokenizer: Tokenizer | None,
+    precision: Precision,
+) -> None:
+    """See `Gemma.save`; raises as that does."""
+    refuse_stored(model, "a new checkpoint")
+    if model.embedder.fetch is not None:
+        raise ValueError(
+            "the per-layer embeddings are mapped from a checkpoint; convert that, or load with ple='device'"
+        )
+    assembly = Assembly(table(format, config))
+    with writer(destination, config, assembly.table, precision, tokenizer) as target:
+        for path, place in weights(standing(model)).items():
+            value = place.param.get_raw_value()
+            if format != "orbax" and not value.is_fully_addressable:
+                raise ValueError(f"the weights lie on several processes; only 'orbax' is written so, not {format!r}")
+            whole = np.asarray(value) if value.is_fully_addressable else value
+            for name, values in assembly.add(path, place.view(whole)):
+                target.put(name, values)
 
 
 def write_adapter(

@@ -1,17 +1,15 @@
 """`Gemma`: a config, its weights and a tokenizer. The object users hold."""
 
 import contextlib
-import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from gemma_checkpoints.names import Assembly
 from gemma_jax import export
 from gemma_jax import prompts as prompting
 from gemma_jax.configs.config import DecoderConfig
@@ -20,6 +18,7 @@ from gemma_jax.generate import embedding, forward, scoring
 from gemma_jax.generate.classification import violations
 from gemma_jax.generate.completion import Completion, Piece, complete
 from gemma_jax.generate.dialogue import converse
+from gemma_jax.generate.forward import on_mesh
 from gemma_jax.generate.request import hear_all, open_session, see
 from gemma_jax.generate.scoring import Score
 from gemma_jax.generate.tasks import stream, transcripts, translations
@@ -30,12 +29,9 @@ from gemma_jax.media.audio import AudioOptions
 from gemma_jax.media.images import ImageOptions
 from gemma_jax.media.video import VideoOptions
 from gemma_jax.nn.decoder import Decoder, Inserted
-from gemma_jax.nn.edited import Edited, edited
+from gemma_jax.nn.edited import edited
 from gemma_jax.nn.edits import Edit
 from gemma_jax.nn.masks import Places
-from gemma_jax.nn.paths import weights
-from gemma_jax.nn.sliced import standing
-from gemma_jax.nn.stored import refuse_stored
 from gemma_jax.parallel.partition import Partition
 from gemma_jax.prompts import MediaOptions
 from gemma_jax.text import shieldgemma
@@ -48,28 +44,6 @@ STOP_IDS = (1, 106)  # Gemma 3's <eos> and <end_of_turn>, for a model without to
 CHAT_SAMPLING = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}  # of the instruction-tuned releases
 
 Text = str | Sequence[int]
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _on_mesh(method: Method) -> Method:
-    """A method whose programs run where the model lies."""
-
-    @functools.wraps(method)
-    def run(self: "Gemma", *args: Any, **kwargs: Any) -> Any:
-        with self.scope():
-            return method(self, *args, **kwargs)
-
-    return run  # pyright: ignore[reportReturnType]
-
-
-@jax.jit
-def _logits(model: Decoder | Edited, tokens: jax.Array, where: Places, inserted: Inserted | None) -> jax.Array:
-    return model(tokens, where, inserted)
-
-
-@jax.jit
-def _hidden_states(model: Decoder | Edited, tokens: jax.Array, where: Places, inserted: Inserted | None) -> jax.Array:
-    return model.hidden_states(tokens, where, inserted)
 
 
 class Gemma:
@@ -92,7 +66,7 @@ class Gemma:
         """For programs of your own on `model`: traced and called in here they run on its mesh, if it has one."""
         return contextlib.nullcontext() if self.partition is None else self.partition.scope()
 
-    @_on_mesh
+    @on_mesh
     def generate(
         self,
         prompt: Text | Sequence[Text],
@@ -134,7 +108,7 @@ class Gemma:
         done = complete(open_session(self, read, seed, sampling, edits), self.tokenizer, self.stop_ids)
         return done[0] if is_single else done
 
-    @_on_mesh
+    @on_mesh
     def stream(
         self,
         prompt: Text,
@@ -154,7 +128,7 @@ class Gemma:
         read = prompting.assemble_all([prompt], images, self.tokenizer, self.config, options, audio)
         return stream(self, read, seed, sampling, edits)
 
-    @_on_mesh
+    @on_mesh
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -202,7 +176,7 @@ class Gemma:
 
         return converse(answer, messages, tool_set(tools), form_of(tokenizer, tool_form), tokenizer, max_rounds, fits)
 
-    @_on_mesh
+    @on_mesh
     def stream_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -222,7 +196,7 @@ class Gemma:
         sampling = {"max_new_tokens": self.config.context, **CHAT_SAMPLING, **sampling}
         return stream(self, [prompt], seed, sampling, edits)
 
-    @_on_mesh
+    @on_mesh
     def translate(self, texts: str | Sequence[str], *, source: str, target: str, **sampling: Any) -> Any:
         """Translations of texts, of one or of several in a batch. For TranslateGemma; text in images goes by `chat`.
 
@@ -236,7 +210,7 @@ class Gemma:
         found = translations(self, self._need_tokenizer("translate"), several, source, target, sampling)
         return found[0] if isinstance(texts, str) else found
 
-    @_on_mesh
+    @on_mesh
     def transcribe(
         self,
         audio: Any,
@@ -259,7 +233,7 @@ class Gemma:
         tokenizer, sounds = self._need_tokenizer("transcribe"), hearing.sources(audio)
         return transcripts(self, tokenizer, sounds, language, translate_to, audio_options, sampling)
 
-    @_on_mesh
+    @on_mesh
     def logits(
         self,
         tokens: Int[Array, "B T"],
@@ -283,9 +257,9 @@ class Gemma:
         does there. Raises ValueError for ids outside the vocabulary, and images that are not those of the tokens.
         """
         batch = self.batch(tokens, images, audio, mask)
-        return _logits(edited(self.model, edits, len(batch[0])), *batch)
+        return forward.logits(edited(self.model, edits, len(batch[0])), *batch)
 
-    @_on_mesh
+    @on_mesh
     def hidden_states(
         self,
         tokens: Int[Array, "B T"],
@@ -297,26 +271,26 @@ class Gemma:
     ) -> Float[Array, "L+1 B T D"]:
         """The stream before the first layer and after each; the last after the final norm (Hugging Face's order)."""
         batch = self.batch(tokens, images, audio, mask)
-        return _hidden_states(edited(self.model, edits, len(batch[0])), *batch)
+        return forward.hidden_states(edited(self.model, edits, len(batch[0])), *batch)
 
-    @_on_mesh
+    @on_mesh
     def see(self, images: Any, options: ImageOptions = ImageOptions()) -> Float[Array, "N M D"]:
         """The soft tokens of images, as the decoder gets them; see `generate`. Raises ValueError without a tower."""
         size, black = places.tower_of(self.config).image_size, places.black(self.config)
         return see(self.model, jnp.asarray(media.stack(media.sources(images), size, options, black)))
 
-    @_on_mesh
+    @on_mesh
     def hear(self, audio: Any, options: AudioOptions = AudioOptions()) -> Float[Array, "N M D"]:
         """The soft tokens of sounds, or of all their clips, as the decoder gets them. Raises as `see`."""
         places.ears_of(self.config)
         return hear_all(self.model, [c for source in hearing.sources(audio) for c in hearing.clips(source, options)])
 
-    @_on_mesh
+    @on_mesh
     def score(self, prompt: Text) -> Score:
         """Log-probability of each token of a text (or list of ids) given those before, mean nll and perplexity."""
         return scoring.score(self.model, self.ids(prompt))
 
-    @_on_mesh
+    @on_mesh
     def embed(
         self,
         texts: str | Sequence[str],
@@ -347,7 +321,7 @@ class Gemma:
         found = embedding.embed(self.model, rows, dimension)
         return found[0] if isinstance(texts, str) else found
 
-    @_on_mesh
+    @on_mesh
     def classify_image(
         self,
         image: Any,
@@ -392,23 +366,8 @@ class Gemma:
         Raises: FileExistsError if the destination is there; ConfigError for a model that the format cannot describe;
             ValueError for other names.
         """
-        refuse_stored(self.model, "a new checkpoint")
         precision = Precision(dtype or self.model.final_norm.scale.dtype.name, quantize)
-        if self.model.embedder.fetch is not None:
-            raise ValueError(
-                "the per-layer embeddings are mapped from a checkpoint; convert that, or load with ple='device'"
-            )
-        assembly = Assembly(export.table(format, self.config))
-        with export.writer(destination, self.config, assembly.table, precision, self.tokenizer) as writer:
-            for path, place in weights(standing(self.model)).items():
-                value = place.param.get_raw_value()
-                if format != "orbax" and not value.is_fully_addressable:
-                    raise ValueError(
-                        f"the weights lie on several processes; only 'orbax' is written so, not {format!r}"
-                    )
-                whole = np.asarray(value) if value.is_fully_addressable else value
-                for name, values in assembly.add(path, place.view(whole)):
-                    writer.put(name, values)
+        export.save(destination, format, self.config, self.model, self.tokenizer, precision)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from gemma_jax.configs.config import VisionConfig
 from gemma_jax.generate import sampling
+from gemma_jax.generate.checks import check_prompts
 from gemma_jax.generate.sampling import Plan, Sampler, SamplingParams
 from gemma_jax.nn import logical
 from gemma_jax.nn.cache import Cache, capacity_bucket, empty_cache
@@ -277,7 +278,7 @@ def next_logits(
     model: Decoder, prompts: Sequence[Sequence[int]], ids: Sequence[int], soft: Soft | None = None
 ) -> Float[np.ndarray, "B n"]:
     """Logits of some ids for the token after each prompt, float32. Raises ValueError as `Session` does."""
-    check_prompts(model, prompts)
+    check_prompts(model.config, prompts)
     capacity = capacity_bucket(max(map(len, prompts)))
     _, last = prefill(model, prompts, capacity, soft=soft)
     return np.asarray(_chosen_logits(model, last, jnp.asarray(ids)))
@@ -313,7 +314,7 @@ class Session:
         soft: Soft | None = None,
         scope: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ):
-        check_prompts(model, prompts)
+        check_prompts(model.config, prompts)
         if not model.config.attention.is_causal:
             raise ValueError(
                 f"{model.config.name} looks at later tokens too (attention.is_causal is False), so it continues no "
@@ -393,29 +394,3 @@ def _steps(drawn: Drawn) -> list[Step]:
             tops = [dict(zip(ids, values, strict=True)) for ids, values in pairs]
         steps.append(Step(host.tokens[row, :count].tolist(), logprobs, tops))
     return steps
-
-
-def check_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> None:
-    """Raises ValueError for an empty batch, an empty or too long prompt, and ids that are no tokens."""
-    if not prompts:
-        raise ValueError("the batch is empty; give at least one prompt")
-    for row, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {row} is empty; give at least one token (a text gets its BOS by itself)")
-        if len(prompt) > model.config.context:
-            raise ValueError(
-                f"prompt {row} has {len(prompt)} tokens; {model.config.name} reads at most {model.config.context}; "
-                "shorten it"
-            )
-        check_ids(prompt, model.config.num_ids, f"prompt {row}")
-
-
-def check_ids(ids: Sequence[int], num_ids: int, what: str) -> None:
-    """Raises ValueError unless all ids are whole numbers from 0 to num_ids - 1."""
-    array = np.asarray(ids)
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{what} holds {array.dtype} values; wanted token ids, whole numbers")
-    wrong = np.flatnonzero((array < 0) | (array >= num_ids))
-    if wrong.size:
-        at = int(wrong[0])
-        raise ValueError(f"{what} has id {array.flat[at]} at place {at}; wanted 0 to {num_ids - 1}")

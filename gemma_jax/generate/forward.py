@@ -1,21 +1,49 @@
-"""What a forward pass takes for checked tokens, images, sound and mask."""
+"""What a forward pass takes for checked tokens, images, sound and mask, and where it runs."""
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax.configs.config import VisionConfig
-from gemma_jax.generate.engine import check_ids
+from gemma_jax.generate.checks import check_ids
 from gemma_jax.generate.request import Speaker, sensed
 from gemma_jax.media import audio as hearing
 from gemma_jax.media import images as media
 from gemma_jax.media import places
-from gemma_jax.nn.decoder import Inserted
+from gemma_jax.nn.decoder import Decoder, Inserted
+from gemma_jax.nn.edited import Edited
 from gemma_jax.nn.masks import Places
 from gemma_jax.prompts import Prompt
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def on_mesh(method: Method) -> Method:
+    """A method of a `Speaker` whose programs run where the model lies."""
+
+    @functools.wraps(method)
+    def run(self: Speaker, *args: Any, **kwargs: Any) -> Any:
+        with self.scope():
+            return method(self, *args, **kwargs)
+
+    return run  # pyright: ignore[reportReturnType]
+
+
+@jax.jit
+def logits(model: Decoder | Edited, tokens: jax.Array, where: Places, inserted: Inserted | None) -> jax.Array:
+    """Of every position; see `Decoder.__call__`."""
+    return model(tokens, where, inserted)
+
+
+@jax.jit
+def hidden_states(model: Decoder | Edited, tokens: jax.Array, where: Places, inserted: Inserted | None) -> jax.Array:
+    """See `Decoder.hidden_states`."""
+    return model.hidden_states(tokens, where, inserted)
 
 
 def batch(

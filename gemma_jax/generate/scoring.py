@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gemma_jax.generate.engine import check_prompts, chunk_sizes
+from gemma_jax.generate.checks import check_prompts
+from gemma_jax.generate.engine import chunk_sizes
 from gemma_jax.nn import logical
 from gemma_jax.nn.cache import Cache, capacity_bucket, empty_cache
 from gemma_jax.nn.decoder import Decoder
@@ -54,7 +55,7 @@ def score_chunk(
 
 def score(model: Decoder, tokens: Sequence[int], chunk: int | None = None) -> Score:
     """Scores one sequence of at least two tokens. Raises ValueError as generation does for bad ids and lengths."""
-    check_prompts(model, [tokens])
+    check_prompts(model.config, [tokens])
     if len(tokens) < 2:
         raise ValueError(f"{len(tokens)} token has nothing to be scored against; give at least two, BOS included")
     cache = empty_cache(model.config, 1, capacity_bucket(len(tokens)), model.final_norm.scale.dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from gemma_jax.generate.engine import check_prompts
+from gemma_jax.generate.checks import check_prompts
 from gemma_jax.model import Gemma, Text
 from gemma_jax.nn.decoder import Decoder, Inserted
 from gemma_jax.nn.edits import Edit, prepared
@@ -81,7 +81,7 @@ def encode(
     if not -count <= layer < count:
         raise ValueError(f"layer is {layer}; {gemma.config.name} has {-count} to {count - 1}")
     rows = [gemma.ids(text) for text in texts]
-    check_prompts(gemma.model, rows)
+    check_prompts(gemma.config, rows)
     longest = max(len(row) for row in rows)
     tokens = np.zeros((len(rows), max(SMALLEST_LENGTH, 1 << (longest - 1).bit_length())), np.int32)
     mask = np.arange(tokens.shape[1]) < np.asarray([len(row) for row in rows])[:, None]

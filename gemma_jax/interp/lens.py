@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gemma_jax.generate.engine import check_ids
+from gemma_jax.generate.checks import check_ids
 from gemma_jax.interp.activations import capture, stream_sites
 from gemma_jax.model import Gemma
 from gemma_jax.nn.decoder import Decoder
