@@ -51,9 +51,9 @@ def test_blocks_of_the_loss_fit_into_vmem(generation, mebibytes, dtype, width):
 @tpu.needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("generation", "width"), [*((generation, 256) for generation in dispatch.GENERATIONS), ("v5e", 128), ("v6e", 128)]
+    ("generation", "width", "window"),
+    [*((generation, 256, 1024) for generation in dispatch.GENERATIONS), ("v5e", 128, 1024), ("v6e", 256, None)],
 )
-@pytest.mark.parametrize("window", [1024, None])
 def test_attention_of_float32_compiles_with_the_tables_blocks_which_are_for_bfloat16(generation, width, window):
     """Of Gemma 3 4B's and 27B's heads, forward and backward: the compiler refuses what VMEM cannot hold."""
     heads, key_heads = (8, 4) if width == 256 else (32, 16)
