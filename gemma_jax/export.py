@@ -21,6 +21,7 @@ from gemma_jax.configs.huggingface import to_huggingface
 from gemma_jax.configs.sentence_transformers import to_files
 from gemma_jax.configs.serialise import to_data
 from gemma_jax.configs.towers import AudioConfig, MobileNetConfig
+from gemma_jax.nn.adapted import refuse_adapted
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.paths import weights
 from gemma_jax.nn.sliced import standing
@@ -83,6 +84,7 @@ def save(
 ) -> None:
     """See `Gemma.save`; raises as that does."""
     refuse_stored(model, "a new checkpoint")
+    refuse_adapted(model, "a new checkpoint")
     if model.embedder.fetch is not None:
         raise ValueError(
             "the per-layer embeddings are mapped from a checkpoint; convert that, or load with ple='device'"

@@ -26,7 +26,11 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--ple", default="device", choices=("device", "host"), help="3n: per-layer embeddings")
     parser.add_argument("--text-only", action="store_true", help="without the towers of images and sound")
     parser.add_argument("--no-compile", action="store_true", help="what lies in memory, by arithmetic alone")
-    parser.add_argument("--search", action="store_true", help="find the smallest topology of this chip, and its mesh")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="find the chip's smallest topology, and a mesh of it",
+    )
     parser.add_argument("--plot", metavar="FILE", help="a picture of a device's memory (matplotlib)")
 
 
@@ -46,7 +50,10 @@ def run(options: argparse.Namespace) -> int:
         rank=options.rank, is_text_only=options.text_only, is_compiled=not options.no_compile, config=config,
     )  # fmt: skip
     if options.search:
-        chip = hardware.chip_named(options.topology.partition(":")[0])
+        alone = options.topology.partition(":")[0]
+        if options.mesh or alone != options.topology:
+            raise ValueError(f"--search chooses topology and mesh; give the chip alone: --topology {alone}")
+        chip = hardware.chip_named(alone)
         found = search(question, chip, MOST_DEVICES)
         if not found:
             raise ValueError(f"no {chip.name} of up to {MOST_DEVICES} devices holds it; try a smaller batch or context")

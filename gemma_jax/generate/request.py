@@ -150,9 +150,11 @@ def _draft(gemma: Speaker, draft: Speaker | None = None, draft_tokens: int | Non
             f"the draft, {draft.config.name}, has another vocabulary than {gemma.config.name}; a draft has to speak of "
             "the same tokens"
         )
-    here, there = (one.model.final_norm.scale.get_raw_value().sharding.device_set for one in (gemma, draft))
-    if len(here) > 1 and len(there) > 1 and here != there:
+    here, there = (one.model.final_norm.scale.get_raw_value().sharding for one in (gemma, draft))
+    is_divided = len(here.device_set) > 1 or len(there.device_set) > 1
+    if is_divided and getattr(here, "mesh", None) != getattr(there, "mesh", None):
         raise ValueError(
-            f"the draft, {draft.config.name}, lies on other devices than {gemma.config.name}; load both with one mesh"
+            f"the draft, {draft.config.name}, lies on other devices than {gemma.config.name}, or on another mesh of "
+            "them; load both with one mesh"
         )
     return Draft(draft.model, DRAFT_TOKENS if draft_tokens is None else draft_tokens)

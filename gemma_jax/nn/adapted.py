@@ -18,6 +18,14 @@ class Pair(nnx.Module):
         self.a, self.b = a, b
 
 
+def refuse_adapted(model: nnx.Module, what: str) -> None:
+    """Raises ValueError for a model with an adapter beside its weights."""
+    if any(isinstance(node, Adapted) for _, node in nnx.iter_graph(model)):
+        raise ValueError(
+            f"{what} needs a model without an adapter; save that with train.lora.save, and load with lora="
+        )
+
+
 class Adapted(nnx.Module):
     """In the place of a kernel: `product` with it is x base + scale * (x a) b (arXiv:2106.09685, eq. 3).
 

@@ -201,20 +201,31 @@ def at_use(param: nnx.Param, value: jax.Array) -> jax.Array:
     return _gathered(value, rest, whole)
 
 
-def at_rest(tree: Tree) -> Tree:
-    """A tree whose parameters, and what an optimizer holds for each, lie where the weights do."""
+def at_rest(tree: Tree, like: Any = None) -> Tree:
+    """A tree whose parameters lie where weights do.
+
+    `like`: the parameters, for what an optimizer keeps of each. What has another shape than all of them (factored
+    moments) is XLA's to place.
+    """
     rules = current()
     if rules is None:
         return tree
+    shapes = None if like is None else {(p.get_metadata("dims"), p.get_raw_value().shape) for p in _parameters(like)}
 
     def placed(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Param):
             return leaf
-        value = leaf.get_raw_value()
-        spec = weight_spec(rules, leaf.get_metadata("dims"), value.shape, sizes())
-        return leaf.replace(jax.lax.with_sharding_constraint(value, spec))
+        value, dims = leaf.get_raw_value(), leaf.get_metadata("dims")
+        if shapes is not None and (dims, getattr(value, "shape", None)) not in shapes:
+            return leaf
+        return leaf.replace(jax.lax.with_sharding_constraint(value, weight_spec(rules, dims, value.shape, sizes())))
 
     return jax.tree.map(placed, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+
+
+def _parameters(tree: Any) -> list[nnx.Param]:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    return [leaf for leaf in leaves if isinstance(leaf, nnx.Param)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

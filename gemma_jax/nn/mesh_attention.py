@@ -154,8 +154,9 @@ class _Lies:
         count, keys = logical.count(self.heads), self._num_key_heads
         if self._key_heads != self.heads and (self._key_heads or count % keys):
             raise LogicalAxisError(
-                f"{num_heads} query and {keys} key heads on {count} devices: neither number of key heads and devices "
-                "divides the other; choose another size of the axes of 'q_heads'"
+                f"{num_heads} query heads are on {count} devices, and {keys} key heads are not divided so: then a "
+                "device's queries have to look at one key head; choose another size of the axes of 'q_heads', or give "
+                "'kv_heads' the same axes"
             )
 
     def own_heads(self, x: Float[Array, "B K S H"]) -> Float[Array, "B k S H"]:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gemma_jax.configs.slicing import Slicing
 from gemma_jax.nn import host
+from gemma_jax.nn.adapted import refuse_adapted
 from gemma_jax.nn.cache import Cache
 from gemma_jax.nn.decoder import Decoder, Inserted
 from gemma_jax.nn.layers import RMSNorm, Table
@@ -27,6 +28,7 @@ def cut(whole: Decoder, slicing: Slicing, *, shares_tables: bool = False) -> Dec
     """
     whole, slicing = composed(whole, slicing)
     refuse_stored(whole, "a slice")
+    refuse_adapted(whole, "a slice")
     if not shares_tables and whole.embedder.fetch is not None:
         raise ValueError(
             "the per-layer embeddings are mapped from a checkpoint; load the slice itself with slicing=, or give "

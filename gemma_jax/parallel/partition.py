@@ -9,27 +9,37 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_jax.nn import logical
-from gemma_jax.nn.logical import Rules
+from gemma_jax.nn.logical import LogicalAxisError, Rules
 from gemma_jax.nn.paths import parameters
 from gemma_jax.nn.quantised import Int8
 from gemma_jax.parallel import mesh as meshes
-from gemma_jax.parallel.rules import SERVE
+from gemma_jax.parallel.mesh import MeshError
+from gemma_jax.parallel.rules import AXES, SERVE
 
 Module = TypeVar("Module", bound=nnx.Module)
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Raises `MeshError` for a mesh with an axis that no rule names or that is not of kind Auto, and
-    `logical.LogicalAxisError`, naming the dimension, for a model whose weights the mesh does not divide.
+    """Raises `MeshError` for a mesh with an axis that no rule names or that is not of kind Auto, and for rules that
+    name axes which are none; `logical.LogicalAxisError`, naming the dimension, for a model whose weights the mesh does
+    not divide, and for rules that divide rings.
     """
 
     mesh: Mesh
     rules: Rules = SERVE
 
     def __post_init__(self) -> None:
-        named = {axis: None for _, axes in self.rules.axes for axis in axes}
+        named = {axis: name for name, axes in self.rules.axes for axis in axes}
         meshes.check(self.mesh, tuple(named), self.rules.name)
+        for axis, name in named.items():
+            if axis not in AXES and axis not in self.mesh.axis_names:
+                known = ", ".join(dict.fromkeys((*self.mesh.axis_names, *AXES)))
+                raise MeshError(f"the rules {self.rules.name!r} put {name!r} on {axis!r}; wanted some of {known}")
+        cut = [axis for axis in self.rules.axes_of("kv_win") if self.mesh.shape.get(axis, 1) > 1]
+        if cut:
+            raise LogicalAxisError(f"the rules {self.rules.name!r} put 'kv_win' on {cut[0]}={self.mesh.shape[cut[0]]}, "
+                                   "but local layers' rings lie whole; give it no axes")  # fmt: skip
 
     def scope(self) -> contextlib.AbstractContextManager[None]:
         """Programs traced and called inside run on the mesh by these rules."""

@@ -70,11 +70,16 @@ def _smaller_steps(plan: Plan) -> Iterator[str]:
 
 def _other_numbers(plan: Plan) -> Iterator[str]:
     question = plan.question
-    if question.purpose == "train":
+    if question.purpose == "train" and _fits(plan, replace(question, purpose="lora")):
         yield "an adapter instead of all weights: --for lora"
-    if question.dtype == "float32" and question.purpose != "train":
-        weights = plan.largest.held["weights"]
-        yield f"bfloat16: weights of {weights / 2 / GiB:.2f} GiB, and half the cache"
+    if question.purpose == "lora":
+        rank = question.rank // 2
+        while rank and not _fits(plan, replace(question, rank=rank)):
+            rank //= 2
+        if rank:
+            yield f"a smaller rank: --rank {rank}"
+    if question.dtype == "float32" and question.purpose != "train" and _fits(plan, replace(question, dtype="bfloat16")):
+        yield "weights in half the bytes: --dtype bfloat16"
     elif (
         question.dtype == "bfloat16"
         and question.purpose not in TRAINING

@@ -184,6 +184,8 @@ def checked(question: Question) -> tuple[DecoderConfig, int]:
         )
     if question.ple not in ("device", "host") or (question.ple == "host" and config.per_layer_embedding is None):
         raise ValueError(f"ple is {question.ple!r}; wanted 'device', or 'host' of a model with per-layer embeddings")
+    if question.ple == "host" and question.purpose in programs.TRAINING:
+        raise ValueError("ple is 'host', with which no training runs here; wanted 'device'")
     if not config.attention.is_causal:
         raise ValueError(f"{config.name} makes embeddings; plans are of models that continue text")
     return config, context

@@ -32,7 +32,7 @@ from gemma_jax.train import losses, step
 TRAINING_PASSES = 4  # through attention: forward, again for what was not kept, and two products backward
 OPTIMIZER = optax.adamw(1e-4)  # its moments have the dtype of the weights
 TRAINING = ("train", "lora")  # purposes
-TOWERS = ("vision/", "mm/", "audio/", "audio_mm/")
+TOWERS = tuple(f"{name}/" for name in step.TOWERS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,8 @@ def _exchange_line(exchange: Exchange) -> str:
 
 def _time_lines(program: ProgramPlan) -> list[str]:
     found = program.roofline
+    if program.operations is None:
+        return ["operations, collectives and times: not known, for it is not compiled"]
     parts = {"compute": found.compute, "memory": found.memory, "communication": found.communication}
     text = ", ".join(f"{name} {_ms(seconds)}" for name, seconds in parts.items())
     rate = program.tokens / found.seconds if found.seconds else 0.0
@@ -122,7 +124,7 @@ def plot(plans: Sequence[Plan], path: Path) -> None:
     axes = figure.subplots()
     labels = [f"{plan.question.model}, {plan.topology.name}\n{program.name}" for plan, program in rows]
     starts = [0.0] * len(rows)
-    for part in ("weights", "optimizer", "cache", "temporaries"):
+    for part in ("weights", "adapter", "optimizer", "cache", "inputs", "temporaries"):
         sizes = [(program.temporaries or 0 if part == "temporaries" else program.held.get(part, 0)) / GiB
                  for _, program in rows]  # fmt: skip
         if any(sizes):

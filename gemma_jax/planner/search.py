@@ -35,6 +35,7 @@ class Candidate:
 def search(question: Question, chip: Chip, most_devices: int) -> list[Plan]:
     """Plans of the smallest topology of a chip that holds a question's model, the fastest by its roofline first.
 
+    Compiled are the meshes that hold least on a device, `COMPILED` of them.
     The question's topology and mesh do not matter. Empty if none of up to `most_devices` holds it.
     Raises as `plan`.
     """

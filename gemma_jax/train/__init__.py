@@ -2,6 +2,17 @@
 
 from gemma_jax.train import lora
 from gemma_jax.train.losses import Batch, is_target, next_token_loss
-from gemma_jax.train.step import Metrics, State, Step, make_step, start
+from gemma_jax.train.step import Metrics, State, Step, finished, make_step, start
 
-__all__ = ["Batch", "Metrics", "State", "Step", "is_target", "lora", "make_step", "next_token_loss", "start"]
+__all__ = [
+    "Batch",
+    "Metrics",
+    "State",
+    "Step",
+    "finished",
+    "is_target",
+    "lora",
+    "make_step",
+    "next_token_loss",
+    "start",
+]

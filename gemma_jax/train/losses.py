@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from gemma_jax.nn.decoder import Decoder
@@ -20,8 +21,10 @@ class Batch:
     where: Places | None = None  # None: rows without padding, a document each
 
     def check(self) -> None:
-        """Raises ValueError for shapes and dtypes that are no batch."""
+        """Raises TypeError for tokens that are no array, ValueError for shapes and dtypes that are no batch."""
         tokens, where = self.tokens, self.where
+        if not isinstance(tokens, jax.Array | np.ndarray):
+            raise TypeError(f"tokens are a {type(tokens).__name__}; wanted an array, integers [B, T]")
         if tokens.ndim != 2 or tokens.shape[1] < 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}; wanted integers [B, T], T from 2 on")
         for name in ("positions", "segments", "blocks"):

@@ -6,9 +6,9 @@ for batch in batches:
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,18 @@ import optax
 
 from gemma_jax.nn import host, logical
 from gemma_jax.nn.decoder import Decoder
+from gemma_jax.nn.paths import parameters
 from gemma_jax.nn.scanned import ScannedDecoder
 from gemma_jax.nn.sliced import SharedSlice, standing
 from gemma_jax.nn.stored import refuse_stored
 from gemma_jax.train import lora
 from gemma_jax.train.losses import Batch, next_token_loss
 
+AnyDecoder = TypeVar("AnyDecoder", bound=Decoder | ScannedDecoder)
 Metrics = dict[str, jax.Array]
 Step = Callable[..., "tuple[State, Metrics]"]
+DTYPES = (None, "float32", "bfloat16", "float64")
+TOWERS = ("vision", "mm", "audio", "audio_mm")
 
 
 @jax.tree_util.register_dataclass
@@ -38,14 +42,37 @@ class State:
 def start(model: Decoder | ScannedDecoder, optimizer: optax.GradientTransformation) -> State:
     """The state before the first step: of training all weights, or the factors alone of a model with an adapter.
 
-    It holds a copy of what is trained: steps do not touch `model`. Weights are updated in their own dtype; to compute
+    It holds a copy of what is trained, without the towers of images and sound, which text does not pass through: steps
+    do not touch `model`; `finished` puts what was trained into it. Weights are updated in their own dtype; to compute
     in bfloat16 load float32, and give `make_step` the dtype.
     Raises: as `check_trainable`.
     """
     check_trainable(model)
     whole = standing(model) if isinstance(model, Decoder) else model
-    trained: Any = jax.tree.map(jnp.copy, lora.factors(whole) or whole)
+    trained: Any = jax.tree.map(jnp.copy, lora.factors(whole) or _without_towers(whole))
     return State(trained, optimizer.init(trained))
+
+
+def finished(model: AnyDecoder, state: State) -> AnyDecoder:
+    """The model with what a state has trained in the place of its own; the rest is shared with `model`.
+
+    Raises ValueError for a state of another model.
+    """
+    is_adapter = isinstance(state.weights, Mapping)
+    whole: Any = standing(model) if isinstance(model, Decoder) else model
+    trained = state.weights if is_adapter else parameters(state.weights)
+    wanted = lora.factors(whole) if is_adapter else parameters(_without_towers(whole))
+    lora.check_same(trained, wanted)
+    return lora.with_factors(whole, trained)
+
+
+def _without_towers(model: Any) -> Any:
+    text = jax.tree.map(lambda x: x, model)
+    for name in TOWERS:
+        if hasattr(text, name):
+            delattr(text, name)
+    text.config = text.config.decoder
+    return text
 
 
 def check_trainable(model: Decoder | ScannedDecoder) -> None:
@@ -69,14 +96,21 @@ def make_step(optimizer: optax.GradientTransformation, *, dtype: str | None = No
         is_remat: of a layer's values its input alone is kept for gradients, the others are computed again.
 
     Metrics: `loss` in nats and `gradient_norm`, of the weights before the step.
-    Raises ValueError for a batch of another shape, before anything is computed or donated.
+    Raises ValueError for another dtype, and the step, before anything is computed or donated, for a batch of another
+    shape, for an adapter without its model, and for a model that is not the adapter's. Ids are not looked at.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; wanted 'float32' or 'bfloat16', or None for the weights' own")
     compiled = program(optimizer, dtype=dtype, is_remat=is_remat)
 
     def step(state: State, batch: Batch, model: Any = None) -> tuple[State, Metrics]:
         batch.check()
+        if isinstance(state.weights, Mapping) != (model is not None):
+            raise ValueError("an adapter is trained by step(state, batch, model), all weights by step(state, batch)")
         if model is not None and dtype is not None:
             raise ValueError(f"dtype is {dtype!r}, but beside an adapter the model computes in its own; leave it out")
+        if model is not None:
+            lora.check_same(state.weights, lora.factors(model))
         return compiled(state, batch, model)
 
     return step
@@ -105,5 +139,6 @@ def updated(
     """The state after a step down `loss`, what that and its second result were before, and the gradient's norm."""
     (value, rest), gradients = jax.value_and_grad(loss, has_aux=True)(state.weights)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.weights)
-    after = State(optax.apply_updates(state.weights, updates), optimizer_state)
-    return logical.at_rest(after), value, rest, optax.tree.norm(gradients)
+    weights = logical.at_rest(optax.apply_updates(state.weights, updates))
+    after = State(weights, logical.at_rest(optimizer_state, like=weights))
+    return after, value, rest, optax.tree.norm(gradients)

@@ -221,6 +221,10 @@ def adapter(model: Decoder, partition: Partition) -> dict[str, float]:
         return losses, jax.device_get(state.weights)
 
     model = stack(model)
+    for other in (optax.adafactor(1e-3), optax.sm3(1e-3), optax.novograd(1e-3)):
+        with partition.scope():  # whose states have other shapes than the weights
+            placed = partition.placed(model)
+            training.make_step(other)(training.start(placed, other), Batch(jnp.asarray(TEXTS[0])))
     losses, factors = trained(model)
     with partition.scope():
         found, placed = trained(partition.placed(model), partition)

@@ -1,5 +1,7 @@
 """Meshes and rules that cannot be are refused, or said, by name: nothing lies whole on all devices in silence."""
 
+import dataclasses
+
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
@@ -73,3 +75,16 @@ def test_rules_that_are_no_table_are_named(model_folder):
         assert gj.load(model_folder, mesh="model=1", rules=rules, progress=False).partition.rules.name == rules
     with pytest.raises(ValueError, match="rules are 'training'; wanted 'serve' or 'train', or a table"):
         gj.load(model_folder, mesh="model=1", rules="training", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("axes", "error", "words"),
+    [
+        ({"vocab": ("modle",)}, MeshError, "put 'vocab' on 'modle'; wanted some of"),
+        ({"kv_win": ("seq",)}, LogicalAxisError, "put 'kv_win' on seq=2, but local layers' rings lie whole"),
+    ],
+)
+def test_rules_that_would_do_something_else_in_silence_are_refused(axes, error, words):
+    rules = dataclasses.replace(SERVE, axes=tuple((dict(SERVE.axes) | axes).items()))
+    with pytest.raises(error, match=words):
+        Partition(mesh_of(SIZES), rules)  # pyright: ignore[reportArgumentType]

@@ -8,6 +8,7 @@ from jax.experimental import topologies
 
 from gemma_jax.cli import main as command
 from gemma_jax.parallel import hardware
+from gemma_jax.parallel import mesh as meshes
 from gemma_jax.parallel.hardware import GiB
 from gemma_jax.parallel.hlo import Operations
 from gemma_jax.parallel.roofline import Roofline
@@ -40,6 +41,9 @@ def planned(question: Question = QUESTION, temporaries: int = GiB, **held: int) 
         ("gemma-3-1b --topology v5e:2x2 --mesh heads=4", "mesh has 'heads=4'; wanted axis=size"),
         ("gemma-3-1b --topology v5e:1x1 --context 99999999", "at most the 32768 tokens"),
         ("gemma-3-1b --topology v5e:1x1 --batch 0", "at least one of each"),
+        ("gemma-3n-e4b --topology v5e:1x1 --ple host --for lora", "with which no training runs here"),
+        ("gemma-3-1b --topology v5e:1x1 --search", "give the chip alone: --topology v5e"),
+        ("gemma-3-1b --topology v5e --mesh model=2 --search", "--search chooses topology and mesh"),
         ("gemma-3-1b --topology v5e:1x1 --dtype int4", "wanted bfloat16 or float32 or int8"),
         ("gemma-3-1b --topology v5e:1x1 --dtype int8 --for train", "int8', which is for serving"),
         ("gemma-3-1b --topology v5e:1x1 --ple host", "'host' of a model with per-layer embeddings"),
@@ -110,6 +114,53 @@ def test_what_does_not_fit_is_told_what_to_change():
     assert advice.changes(planned(weights=GiB, cache=GiB)) == ()
 
 
+def held_by(question: Question) -> Plan:
+    """What a question's model needs at least, by arithmetic."""
+    assert question.mesh is not None
+    sizes = meshes.parse(question.mesh)
+    held = search.held_bytes(question, hardware.topology(question.topology), sizes)
+    assert held is not None
+    mesh = {axis: size for axis, size in sizes.items() if size > 1}
+    return dataclasses.replace(planned(question, temporaries=0, **held), mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    ("model", "topology", "mesh", "purpose", "dtype", "wanted", "others"),
+    [
+        ("gemma-3-12b", "v5e:2x2", "fsdp=4", "train", "bfloat16", "--for lora", ()),
+        ("gemma-3-27b", "v5e:1x1", "fsdp=1", "train", "bfloat16", None, ("--for lora",)),
+        ("gemma-3-4b", "v5e:1x1", "model=1", "decode", "float32", "--dtype bfloat16", ()),
+        ("gemma-3-27b", "v5e:1x1", "model=1", "decode", "float32", None, ("--dtype",)),
+        ("gemma-3-12b", "v5e:2x2", "model=4", "decode", "bfloat16", None, ()),
+    ],
+)
+def test_what_is_advised_is_enough_by_itself(model, topology, mesh, purpose, dtype, wanted, others):
+    question = Question(model=model, topology=topology, mesh=mesh, context=8192, batch=8, purpose=purpose, dtype=dtype,
+                        is_text_only=True)  # fmt: skip
+    found = " ".join(advice.changes(held_by(question)))
+    assert wanted is None or wanted in found, found
+    assert not any(other in found for other in others), found
+
+
+def test_int8_is_advised_where_it_is_enough():
+    question = Question(model="gemma-3-12b", topology="v5e:1x1", mesh="model=1", context=1024, is_text_only=True)
+    assert "int8 weights: --dtype int8" in advice.changes(held_by(question))
+
+
+def test_a_smaller_rank_is_advised_where_it_is_enough():
+    question = Question(model="gemma-3-1b", topology="v5e:1x1", context=1024, purpose="lora", rank=100_000,
+                        mesh="fsdp=1")  # fmt: skip
+    assert any(line.startswith("a smaller rank: --rank ") for line in advice.changes(held_by(question)))
+
+
+def test_what_is_not_compiled_has_no_times():
+    whole = planned(weights=2 * GiB, cache=GiB)
+    program = dataclasses.replace(whole.programs[0], operations=None, exchanges=None, temporaries=None, peak=None)
+    text = report.table(dataclasses.replace(whole, programs=(program,)))
+    assert "not known, for it is not compiled" in text
+    assert "tokens/s" not in text
+
+
 def test_a_table_says_what_fits_and_which_numbers_are_estimates():
     text = report.table(planned(weights=2 * GiB, cache=GiB))
     assert "peak              4.000 GiB  25 %" in text
@@ -129,9 +180,16 @@ def test_a_plan_is_json_with_numbers():
     assert program["roofline"]["seconds"] == 2e-3
 
 
-def test_a_picture_is_written(tmp_path):
-    report.plot([planned(weights=2 * GiB, cache=GiB)], tmp_path / "plan.png")
+def test_a_picture_has_all_that_a_device_holds(tmp_path, monkeypatch):
+    drawn = []
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    kept = figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, path: (drawn.append(self), kept(self, path)))
+    held = dict.fromkeys(("weights", "adapter", "optimizer", "cache", "inputs"), GiB)
+    report.plot([planned(**held)], tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 1000
+    bars = [bar for bars in drawn[0].axes[0].containers for bar in bars]
+    assert sum(bar.get_width() for bar in bars) == 6  # temporaries too
 
 
 def test_the_least_of_a_decoding_step_is_two_sums_a_layer_and_one():

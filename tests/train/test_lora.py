@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import gemma_jax as gj
-from gemma_jax import train
+from gemma_jax import matformer, train
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.layers import CPU_LAYOUT
 from gemma_jax.nn.paths import parameters, weights
@@ -82,6 +82,24 @@ def test_first_factors_are_normal_by_their_inputs_and_second_ones_zero(small):
     assert not np.array_equal(again["layers_0/mlp/down/kernel/pairs/down/a"][...], down[...])
 
 
+def test_a_seed_draws_the_same_whatever_the_layout(small, with_random_norms):
+    fused = Decoder(small.config, rngs=nnx.Rngs(5), layout=CPU_LAYOUT)
+    want = lora.changes(lora.attach(small, 3, seed=2))
+    for other in (fused, stack(small)):
+        got = lora.changes(lora.attach(other, 3, seed=2))
+        assert set(got) == set(want)
+        for path, change in want.items():
+            np.testing.assert_array_equal(got[path].a, change.a, err_msg=path)
+
+
+def test_a_slice_that_shares_weights_is_adapted(small):
+    gemma = gj.Gemma(dataclasses.replace(small.config, name="parent"), small)
+    lent, own = (matformer.slice(gemma, ffw=16, copy=copy).model for copy in (False, True))
+    one, other = (lora.attach(model, 2, seed=1) for model in (lent, own))
+    assert lora.changes(one).keys() == lora.changes(other).keys()
+    np.testing.assert_allclose(forward(drawn(one), TOKENS), forward(drawn(other), TOKENS), atol=5e-6)
+
+
 @pytest.mark.parametrize("name", ["small", "small_3n"])
 def test_an_adapted_model_is_the_model_with_the_changes_in_its_weights(request, name):
     model = request.getfixturevalue(name)
@@ -140,11 +158,11 @@ def test_training_descends_with_the_factors_alone(small, is_stacked):
         state, metrics = step(state, BATCH, model)
         found.append(float(metrics["loss"]))
     assert found[0] == pytest.approx(float(losses(small, BATCH)), rel=1e-5)
-    assert found[-1] < 0.8 * found[0]
+    assert found[-1] < 0.9 * found[0]
     assert set(state.weights) == set(lora.factors(model))
     for path, param in parameters(model).items():
         np.testing.assert_array_equal(param[...], before[path])
-    after = lora.with_factors(model, state.weights)
+    after = train.finished(model, state)
     assert float(losses(after, BATCH)) < found[-1]
 
 
@@ -169,14 +187,29 @@ def test_a_saved_adapter_is_merged_when_a_model_is_loaded_with_it(tmp_path, make
 
 
 def test_what_cannot_be_adapted_is_said(small, adapted):
-    with pytest.raises(ValueError, match="rank is 0"):
-        lora.attach(small, 0)
+    for rank in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"rank is {rank}; wanted a whole number"):
+            lora.attach(small, rank)
+    with pytest.raises(ValueError, match="alpha is 0; wanted a number above 0"):
+        lora.attach(small, 2, alpha=0)
+    with pytest.raises(TypeError, match=r"a Gemma cannot have an adapter; wanted a Decoder, such as gemma\.model"):
+        lora.attach(gj.Gemma(small.config, small), 2)
+    with pytest.raises(ValueError, match="a new checkpoint needs a model without an adapter"):
+        gj.Gemma(small.config, adapted).save("nowhere")
     with pytest.raises(ValueError, match=r"targets are \['q', 'router'\]; wanted some of q, k, v, o"):
         lora.attach(small, 2, targets=("q", "router"))
     with pytest.raises(ValueError, match="has an adapter already"):
         lora.attach(adapted, 2)
     with pytest.raises(ValueError, match="has no adapter"):
         lora.changes(small)
-    state = train.start(adapted, optax.sgd(0.1))
+    state, step = train.start(adapted, optax.sgd(0.1)), train.make_step(optax.sgd(0.1))
     with pytest.raises(ValueError, match="leave it out"):
         train.make_step(optax.sgd(0.1), dtype="bfloat16")(state, BATCH, adapted)
+    with pytest.raises(ValueError, match=r"an adapter is trained by step\(state, batch, model\)"):
+        step(state, BATCH)
+    with pytest.raises(ValueError, match=r"all weights by step\(state, batch\)"):
+        step(train.start(small, optax.sgd(0.1)), BATCH, adapted)
+    for other in (lora.attach(small, 2), lora.attach(small, 3, targets=["q"]), small):
+        with pytest.raises(ValueError, match="the state is of another model: layers_"):
+            step(state, BATCH, other)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from gemma_jax import train
+from gemma_jax.configs.config import VisionConfig
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.paths import parameters
 from gemma_jax.nn.scanned import stack
@@ -28,6 +29,13 @@ def small_3n(make_3n, with_random_norms):
     config = make_3n(num_layers=2, num_shared=1)
     layers = tuple(dataclasses.replace(spec, activation_sparsity=0.0) for spec in config.layers)
     return with_random_norms(Decoder(dataclasses.replace(config, layers=layers), rngs=nnx.Rngs(3)))
+
+
+@pytest.fixture(scope="module")
+def vision_model(small):
+    tower = VisionConfig(num_layers=1, width=16, num_heads=2, ffw_width=16, patch_size=7, image_size=28,
+                         num_soft_tokens=4, soft_token=124, begin_token=125, end_token=126)  # fmt: skip
+    return Decoder(dataclasses.replace(small.config, vision=tower), rngs=nnx.Rngs(3))
 
 
 def gradients(model, *, is_remat):
@@ -86,6 +94,35 @@ def test_a_wrong_batch_leaves_the_state_as_it_was(small):
     with pytest.raises(ValueError, match=r"tokens are int32\[16\]; wanted integers \[B, T\]"):
         step(state, train.Batch(jnp.asarray(TOKENS[0])))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_towers_are_left_as_they_are(vision_model):
+    """Weight decay moves every weight that it sees."""
+    optimizer = optax.adamw(1e-1, weight_decay=0.5)
+    state, _ = train.make_step(optimizer)(train.start(vision_model, optimizer), BATCH)
+    trained, before = parameters(train.finished(vision_model, state)), parameters(vision_model)
+    assert set(trained) == set(before)
+    assert any(path.startswith("vision/") for path in before)
+    for path, param in before.items():
+        is_same = np.array_equal(trained[path][...], param[...])
+        assert is_same == path.startswith(("vision/", "mm/")), path
+
+
+@pytest.mark.parametrize("dtype", ["int8", "auto", "float16"])
+def test_dtypes_that_nothing_is_trained_in_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"dtype is '{dtype}'; wanted 'float32' or 'bfloat16'"):
+        train.make_step(optax.sgd(0.5), dtype=dtype)
+
+
+def test_a_state_of_another_model_does_not_finish_one(small, small_3n):
+    with pytest.raises(ValueError, match="the state is of another model"):
+        train.finished(small_3n, train.start(small, optax.sgd(0.5)))
+
+
+def test_what_is_no_batch_is_refused(small):
+    step = train.make_step(optax.sgd(0.5))
+    with pytest.raises(TypeError, match="tokens are a list; wanted an array"):
+        step(train.start(small, optax.sgd(0.5)), train.Batch([[1, 2], [3, 4]]))
 
 
 def test_what_is_no_decoder_is_refused():
