@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemma_jax import interp, matformer
+    from gemma_jax import interp, matformer, train
     from gemma_jax.configs.config import ConfigError, DecoderConfig
     from gemma_jax.conversion import convert, convert_lora, verify
     from gemma_jax.generate.completion import Completion, Piece
@@ -36,12 +36,12 @@ _PUBLIC = {
 
 __all__ = [
     "ChatError", "Completion", "ConfigError", "Decoder", "DecoderConfig", "Gemma", "Piece", "SamplingParams",
-    "Tokenizer", "convert", "convert_lora", "interp", "load", "matformer", "verify",
+    "Tokenizer", "convert", "convert_lora", "interp", "load", "matformer", "train", "verify",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("interp", "matformer"):
+    if name in ("interp", "matformer", "train"):
         return importlib.import_module(f"gemma_jax.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'gemma_jax' has no attribute {name!r}")

@@ -193,11 +193,16 @@ def with_factors(model: AnyDecoder, factors: Mapping[str, nnx.Param]) -> AnyDeco
 def changes(model: Decoder | ScannedDecoder) -> dict[str, adapters.Change]:
     """The adapter of a model by the canonical paths of its weights, as files hold it.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is none, or if it lies on several processes.
     """
     whole = unstack(model) if isinstance(model, ScannedDecoder) else model
     found = {}
     for path, pair, scale in _pairs(whole):
+        if not (pair.a[...].is_fully_addressable and pair.b[...].is_fully_addressable):
+            raise ValueError(
+                f"the adapter lies on several processes, {path} among it; gather it first, as by "
+                "jax.experimental.multihost_utils.process_allgather(state.weights, tiled=True)"
+            )
         a, b = (np.asarray(jax.device_get(one[...]), np.float32) for one in (pair.a, pair.b))
         found[path] = adapters.Change(a, b, scale)
     if not found:
@@ -217,6 +222,6 @@ def save(model: Decoder | ScannedDecoder, destination: str | os.PathLike, format
     """Writes the adapter of a model by itself: "huggingface" (PEFT), "gguf" (llama.cpp; a file) or "orbax".
 
     `gemma_jax.load(..., lora=destination)` merges it into the model's weights.
-    Raises: FileExistsError if the destination is there; ValueError for another format, or without an adapter.
+    Raises: FileExistsError if the destination is there; ValueError for another format, and as `changes`.
     """
     export.write_adapter(destination, format, changes(model), model.config.decoder)

@@ -1,8 +1,11 @@
 """A training step, on one device or a mesh: of all weights, or of an adapter beside weights that stay (`train.lora`).
 
-state, step = train.start(gemma.model, optimizer), train.make_step(optimizer)
-for batch in batches:
-    state, metrics = step(state, batch)
+    state, step = train.start(gemma.model, optimizer), train.make_step(optimizer)
+    for batch in batches:
+        state, metrics = step(state, batch)
+    model = train.finished(gemma.model, state)
+
+On a mesh all of it runs inside of the model's scope.
 """
 
 import functools
@@ -13,6 +16,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from gemma_jax.nn import host, logical
 from gemma_jax.nn.decoder import Decoder
@@ -67,11 +71,12 @@ def finished(model: AnyDecoder, state: State) -> AnyDecoder:
 
 
 def _without_towers(model: Any) -> Any:
+    """What a text passes through: without towers, and EmbeddingGemma's layers after its pooling."""
     text = jax.tree.map(lambda x: x, model)
     for name in TOWERS:
         if hasattr(text, name):
             delattr(text, name)
-    text.config = text.config.decoder
+    text.config, text.dense = text.config.decoder, nnx.List([])
     return text
 
 
@@ -109,8 +114,6 @@ def make_step(optimizer: optax.GradientTransformation, *, dtype: str | None = No
             raise ValueError("an adapter is trained by step(state, batch, model), all weights by step(state, batch)")
         if model is not None and dtype is not None:
             raise ValueError(f"dtype is {dtype!r}, but beside an adapter the model computes in its own; leave it out")
-        if model is not None:
-            lora.check_same(state.weights, lora.factors(model))
         return compiled(state, batch, model)
 
     return step
@@ -121,6 +124,9 @@ def program(optimizer: optax.GradientTransformation, *, dtype: str | None, is_re
 
     @functools.partial(jax.jit, donate_argnums=0)
     def run(state: State, batch: Batch, model: Any) -> tuple[State, Metrics]:
+        if model is not None:
+            lora.check_same(state.weights, lora.factors(model))
+
         def loss(weights: Any) -> tuple[jax.Array, None]:
             kind = dtype if model is None else model.final_norm.scale.dtype
             narrow = weights if kind is None else jax.tree.map(lambda x: x.astype(kind), weights)

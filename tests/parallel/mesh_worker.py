@@ -270,6 +270,12 @@ def loaded(folder: str, mesh: str) -> dict[str, float]:
     found["stream"] = float(pieces != [piece.tokens for piece in one.stream(prompts[0], **wishes)])
     found["score"] = float(np.abs(np.asarray(score.logprobs) - one.score(prompts[3]).logprobs).max())
     found["outside"] = float(logical.current() is not None)
+    other = gj.load(folder, dtype="float32", mesh="seq=8", progress=False)
+    for name, draft in {"draft of one device": one, "draft of another mesh": other}.items():
+        try:
+            many.generate(prompts, draft=draft, **wishes)
+        except ValueError as error:
+            found[name] = float("load both with one mesh" not in str(error))
     return found
 
 

@@ -44,18 +44,6 @@ def merged(model, adapted):
 
 
 @pytest.fixture(scope="module")
-def small(make_config, with_random_norms):
-    return with_random_norms(Decoder(make_config(num_layers=2), rngs=nnx.Rngs(5)))
-
-
-@pytest.fixture(scope="module")
-def small_3n(make_3n, with_random_norms):
-    config = make_3n(num_layers=3, num_shared=1)
-    layers = tuple(dataclasses.replace(spec, activation_sparsity=0.0) for spec in config.layers)
-    return with_random_norms(Decoder(dataclasses.replace(config, layers=layers), rngs=nnx.Rngs(3)))
-
-
-@pytest.fixture(scope="module")
 def adapted(small):
     return lora.attach(small, 3, alpha=6, seed=1)
 

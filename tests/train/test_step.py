@@ -20,18 +20,6 @@ BATCH = train.Batch(jnp.asarray(TOKENS))
 
 
 @pytest.fixture(scope="module")
-def small(make_config, with_random_norms):
-    return with_random_norms(Decoder(make_config(num_layers=1), rngs=nnx.Rngs(5)))
-
-
-@pytest.fixture(scope="module")
-def small_3n(make_3n, with_random_norms):
-    config = make_3n(num_layers=2, num_shared=1)
-    layers = tuple(dataclasses.replace(spec, activation_sparsity=0.0) for spec in config.layers)
-    return with_random_norms(Decoder(dataclasses.replace(config, layers=layers), rngs=nnx.Rngs(3)))
-
-
-@pytest.fixture(scope="module")
 def vision_model(small):
     tower = VisionConfig(num_layers=1, width=16, num_heads=2, ffw_width=16, patch_size=7, image_size=28,
                          num_soft_tokens=4, soft_token=124, begin_token=125, end_token=126)  # fmt: skip
