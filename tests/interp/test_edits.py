@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gemma_jax import interp, model
-from gemma_jax.generate import engine
+from gemma_jax import interp
+from gemma_jax.generate import engine, forward
 from gemma_jax.generate.engine import Session
 from gemma_jax.generate.sampling import SamplingParams
 from gemma_jax.interp import Ablate, Add, Apply, Patch, Scale
@@ -196,7 +196,7 @@ def test_new_vectors_and_positions_compile_nothing_anew(gemma, tokens):
         edits = [Add("layers.1.resid_post", vector, scale, [place])]
         gemma.logits(tokens, edits=edits)
         gemma.generate(tokens[0].tolist(), max_new_tokens=3, edits=edits)
-        return model._logits._cache_size(), engine.prefill_chunk._cache_size(), engine.decode_chunk._cache_size()
+        return forward.logits._cache_size(), engine.prefill_chunk._cache_size(), engine.decode_chunk._cache_size()
 
     sizes = steer(VECTOR, 1.0, 3)
     assert steer(jnp.asarray(-VECTOR), 2, 7) == sizes

@@ -59,6 +59,12 @@ def close(got: jax.Array, want: np.ndarray) -> bool:
     return bool(np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want))
 
 
+def is_product(got: jax.Array, x: np.ndarray, weights: np.ndarray) -> bool:
+    """To float32's rounding of its terms: the sum of few may be near 0."""
+    x, weights = x.astype(np.float64), weights.astype(np.float64)
+    return bool(np.linalg.norm(got - x @ weights) <= 2e-7 * np.linalg.norm(np.abs(x) @ np.abs(weights)))
+
+
 def same_bits(a: jax.Array, b: jax.Array | np.ndarray) -> bool:
     return np.array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
 
@@ -104,7 +110,7 @@ def test_a_product_is_that_of_the_decoded_weights(way, encoding, num_rows, num_r
     with by(way):
         got = blocks.product(jnp.asarray(x), jnp.asarray(data), encoding.name)
     assert got.shape == (*batch, num_rows)
-    assert close(got, x.astype(np.float64) @ decoded(data, encoding).T.astype(np.float64))
+    assert is_product(got, x, decoded(data, encoding).T)
 
 
 @needs_native
@@ -145,7 +151,7 @@ def test_the_gradient_of_x_is_that_of_the_decoded_weights(name, way):
     x, towards = (jax.random.normal(jax.random.key(i), (3, size)) for i, size in enumerate((512, 300)))
     with by(way):
         _, pull = jax.vjp(lambda x: blocks.product(x, jnp.asarray(data), encoding.name), x)
-        assert close(pull(towards)[0], np.asarray(towards, np.float64) @ decoded(data, encoding))
+        assert is_product(pull(towards)[0], np.asarray(towards), decoded(data, encoding))
 
 
 def test_weights_that_are_plain_numbers_have_a_gradient_too():
