@@ -126,6 +126,13 @@ def test_the_forward_equals_the_reference_in_many_cases(case, seed):
     assert_equals_reference(case, *inputs_of(case, seed), marks_of(case, seed))
 
 
+@pytest.mark.parametrize(("window", "offset", "num_keys"), [(129, 128, 256), (256, 256, 512), (1, 0, 128)])
+def test_keys_that_are_fewer_than_a_step_may_read_are_enough(window, offset, num_keys):
+    """A ring that is full and a prompt's next chunk behind it: no block of keys stands before or after these."""
+    case = Case(num_keys - offset, num_keys, Band(window), BandBlocks(128, 128, 1), offsets=(offset, offset))
+    assert_equals_reference(case, *inputs_of(case), marks_of(case))
+
+
 @pytest.mark.parametrize("width", [128, 256])
 @pytest.mark.parametrize("window", [100, None], ids=["window", "stream"])
 def test_heads_of_either_width_equal_the_reference(window, width):

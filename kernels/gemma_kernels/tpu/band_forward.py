@@ -83,7 +83,8 @@ def schedule(plan: Plan, marks: Marks, num_rows: int, num_queries: int, is_windo
     queries = bands.extents(marks.query_segments, marks.query_spans, (num_rows, nq * blocks.block_q), blocks.block_q)
     keys = bands.extents(marks.key_segments, marks.key_spans, (num_rows, nk * blocks.block_kv), blocks.block_kv)
     is_plain = jnp.zeros_like(first)
-    if is_window and band.window is not None:
+    # With fewer blocks of keys than the path without masks may read there is no such path (`window_step`).
+    if is_window and band.window is not None and plan.plain_slots <= plan.slots:
         query = bands.block_table(columns, blocks.block_q, queries)
         first = (query.first - band.window + 1) // blocks.block_kv
         inside = jnp.clip(first[:, :, None] + jnp.arange(plan.plain_slots, dtype=jnp.int32), 0, nk - 1)
