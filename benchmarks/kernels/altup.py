@@ -5,7 +5,7 @@ python -m benchmarks.kernels.altup      # needs libtpu, no TPU
 A layer is compiled by itself, with AltUp and without, for a prompt's chunk. Beside the difference of the bytes that its
 instructions move in HBM stands the least of AltUp in steps of its own: predict reads and writes all streams, correct
 reads and writes them and reads the layer's output. Kernels could do with less: correct could predict again. Of an array
-that a fusion takes a part of all counts, and so do changes of layout at the layer's ends: it is at most this difference.
+that a fusion takes a part of all counts, and so do changes of layout at the ends: it is at most this difference.
 """
 
 import argparse
