@@ -83,8 +83,7 @@ def schedule(plan: Plan, marks: Marks, num_rows: int, num_queries: int, is_windo
     queries = bands.extents(marks.query_segments, marks.query_spans, (num_rows, nq * blocks.block_q), blocks.block_q)
     keys = bands.extents(marks.key_segments, marks.key_spans, (num_rows, nk * blocks.block_kv), blocks.block_kv)
     is_plain = jnp.zeros_like(first)
-    # With fewer blocks of keys than the path without masks may read there is no such path (`window_step`).
-    if is_window and band.window is not None and plan.plain_slots <= plan.slots:
+    if is_window and band.window is not None:
         query = bands.block_table(columns, blocks.block_q, queries)
         first = (query.first - band.window + 1) // blocks.block_kv
         inside = jnp.clip(first[:, :, None] + jnp.arange(plan.plain_slots, dtype=jnp.int32), 0, nk - 1)
@@ -92,7 +91,8 @@ def schedule(plan: Plan, marks: Marks, num_rows: int, num_queries: int, is_windo
         low = jnp.minimum(query.segment_low, keys[row, inside, 0].min(2))
         high = jnp.maximum(query.segment_high, keys[row, inside, 1].max(2))
         is_plain = (low == high) & (query.span_high == 0) & (query.last < plan.num_keys)
-        is_plain &= (first >= 0) & (first <= nk - plan.slots)
+        # with fewer blocks of keys than the path without masks may read there is no such path: see `window_step`
+        is_plain &= (first >= 0) & (first <= nk - plan.slots) & (plan.plain_slots <= plan.slots)
     return Scalars(*(x.astype(jnp.int32).reshape(-1) for x in (columns, first, last, is_plain, queries, keys)))
 
 
