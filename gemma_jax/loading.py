@@ -163,9 +163,9 @@ def _checked_dtype(dtype: str, ple: str, **others: Any) -> str:
 
 def float_dtype(dtype: str) -> str:
     """Of activations, and of weights that are floats, in a model loaded in a dtype."""
-    if dtype in (stored.DTYPE, "float32"):
-        return "float32"
-    return dtype if dtype == "bfloat16" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype in ("float32", "bfloat16"):
+        return dtype
+    return "float32" if dtype == stored.DTYPE or jax.default_backend() == "cpu" else "bfloat16"
 
 
 def inference_dtype(path: Path) -> str:

@@ -6,7 +6,7 @@ Activations stay floats: a product is x codes * scales. Token tables, norms and 
 import functools
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from gemma_jax.nn.paths import parameters
 DTYPE = "int8"  # what `load` calls it
 ADVICE = "load the model with dtype='bfloat16' or 'float32'"
 LARGEST = 127
+Module = TypeVar("Module", bound=nnx.Module)
 _KERNELS = re.compile(r"layers_\d+/(attn|mlp)/[^/]+/kernel")
 
 
@@ -86,7 +87,16 @@ def quantise(param: nnx.Param) -> None:
     param.set_raw_value(_program(num_inputs, places)(value))
 
 
-def abstract(model: nnx.Module) -> nnx.Module:
+def quantised(model: Module) -> Module:
+    """The model with its kernels in int8; `model` stays as it is."""
+    found = jax.tree.map(lambda x: x, model)
+    for path, param in parameters(found).items():
+        if is_quantised(path):
+            quantise(param)
+    return found
+
+
+def abstract(model: Module) -> Module:
     """The quantised form of a model of which nothing but shapes is known."""
     found = jax.tree.map(lambda x: x, model)
     for path, param in parameters(found).items():

@@ -11,7 +11,7 @@ On a mesh all of it runs inside of the model's scope.
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,9 @@ from gemma_jax.nn.scanned import ScannedDecoder
 from gemma_jax.nn.sliced import SharedSlice, standing
 from gemma_jax.nn.stored import refuse_stored
 from gemma_jax.train import lora
+from gemma_jax.train.lora import AnyDecoder
 from gemma_jax.train.losses import Batch, next_token_loss
 
-AnyDecoder = TypeVar("AnyDecoder", bound=Decoder | ScannedDecoder)
 Metrics = dict[str, jax.Array]
 Step = Callable[..., "tuple[State, Metrics]"]
 DTYPES = (None, "float32", "bfloat16", "float64")

@@ -47,15 +47,17 @@ def test_an_output_without_weights_stays_zero():
     assert not np.any(found.floats())
 
 
+def in_floats(model):
+    """The model whose kernels are what codes stand for."""
+    return jax.tree.map(
+        lambda x: x.floats() if isinstance(x, Int8) else x, model, is_leaf=lambda x: isinstance(x, Int8)
+    )
+
+
 @pytest.fixture(scope="module")
 def models(model_folder):
     small = gj.load(model_folder, dtype="int8", progress=False)
-    wide = gj.load(model_folder, dtype="int8", progress=False)
-    for param in parameters(wide.model).values():
-        value = param.get_raw_value()
-        if isinstance(value, Int8):
-            param.set_raw_value(value.floats())
-    return small, wide
+    return small, gj.Gemma(small.config, in_floats(small.model), small.tokenizer)
 
 
 def test_a_loaded_model_computes_with_what_its_codes_stand_for(models, model_folder):
@@ -78,21 +80,15 @@ def test_kernels_of_attention_and_ffws_are_int8_and_nothing_else(models):
 
 def test_shapes_of_a_quantised_model_are_those_of_a_loaded_one(tiny_3n):
     abstract = quantised.abstract(jax.eval_shape(lambda m: m, tiny_3n))
-    live = jax.tree.map(lambda x: x, tiny_3n)
-    for path, param in parameters(live).items():
-        if quantised.is_quantised(path):
-            quantised.quantise(param)
+    live = quantised.quantised(tiny_3n)
     kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), model) for model in (abstract, live)]
     assert jax.tree.leaves(kinds[0]) == jax.tree.leaves(kinds[1])
     assert any(isinstance(p.get_raw_value(), Int8) for p in parameters(live).values())
 
 
 def test_gemma_3n_computes_with_int8(tiny_3n):
-    live, wide = (jax.tree.map(lambda x: x, tiny_3n) for _ in range(2))
-    for path, param in parameters(live).items():
-        if quantised.is_quantised(path):
-            quantised.quantise(param)
-            parameters(wide)[path].set_raw_value(param.get_raw_value().floats())
+    live = quantised.quantised(tiny_3n)
+    wide = in_floats(live)
     forward = jax.jit(lambda model, tokens: model(tokens))
     with_codes, with_floats = forward(live, TOKENS), forward(wide, TOKENS)
     np.testing.assert_allclose(with_codes, with_floats, atol=2e-3)  # its sparsity makes much of rounding

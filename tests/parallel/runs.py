@@ -98,6 +98,13 @@ def wait(processes: list[subprocess.Popen], timeout_s: float = 120, frozen: int 
     ]
 
 
+def lines(script: str, *arguments: str, devices: int = 8) -> list[Any]:
+    """What a script of `tests` writes, a line of JSON each, in one process with so many devices; it must end well."""
+    (ended,) = wait(launch([[str(ROOT / "tests" / script), *arguments]], devices), timeout_s=900)
+    assert ended.code == 0, ended.errors[-3000:]
+    return [json.loads(line) for line in ended.output.splitlines()]
+
+
 def run(count: int, **task) -> list[Ended]:
     """As `start` and `wait`; all must end well."""
     ended = wait(start(count, **task))

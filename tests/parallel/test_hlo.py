@@ -1,11 +1,5 @@
 """Collectives and operations read from HLO text: programs compiled here, and texts with known answers."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -13,8 +7,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gemma_jax.parallel import hardware, hlo, hlo_text
 from tests import tpu
+from tests.parallel import runs
 
-ROOT = Path(__file__).parent.parent.parent
 MESH = {"data": 2, "model": 4}
 SUM = """
 %sum (a: f32[], b: f32[]) -> f32[] {
@@ -75,13 +69,8 @@ ONE = "%one = s32[] constant(1)\n  %next = s32[] add(%i, %one)"
 @pytest.fixture(scope="module")
 def compiled() -> dict:
     """What the worker reads in programs for eight virtual devices."""
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "checkpoints", "kernels"))
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    command = [sys.executable, str(Path(__file__).parent / "hlo_worker.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    (found,) = runs.lines("parallel/hlo_worker.py")
+    return found
 
 
 def test_tensor_parallel_layers_have_one_all_reduce_each(compiled):

@@ -1,28 +1,15 @@
 """A model on a mesh computes what it computes on one device: served, trained, with caches and keys cut in pieces."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.quick import FLAGS
-
-ROOT = Path(__file__).parent.parent.parent
-DEVICES = 8
+from tests.parallel import runs
 
 
 def run(cases: list[list[str]]) -> list[dict[str, float]]:
     """The largest differences of each case; see mesh_worker.py."""
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "checkpoints", "kernels"))
-    flags = f"{FLAGS} --xla_force_host_platform_device_count={DEVICES}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    command = [sys.executable, str(ROOT / "tests/parallel/mesh_worker.py"), json.dumps(cases)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line)[1] for line in done.stdout.splitlines()]
+    return [found for _, found in runs.lines("parallel/mesh_worker.py", json.dumps(cases))]
 
 
 SERVED = [

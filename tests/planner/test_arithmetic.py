@@ -1,10 +1,6 @@
 """Bytes that the planner predicts are those of live arrays, and of compiled programs' arguments."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +9,8 @@ from gemma_jax.nn.cache import cache_bytes
 from gemma_jax.nn.logical import LogicalAxisError
 from gemma_jax.parallel.rules import SERVE, TRAIN
 from gemma_jax.planner import arithmetic
-from tests.quick import FLAGS
+from tests.parallel import runs
 
-ROOT = Path(__file__).parent.parent.parent
 CASES = [
     ["gemma3", "data=2,model=4", "decode"],
     ["one key head", "data=2,seq=2,model=2", "decode"],  # its cache is cut along its slots
@@ -31,13 +26,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def found():
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "checkpoints", "kernels"))
-    flags = f"{FLAGS} --xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    command = [sys.executable, str(ROOT / "tests/planner/worker.py"), json.dumps(CASES)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return runs.lines("planner/worker.py", json.dumps(CASES))
 
 
 @pytest.mark.slow

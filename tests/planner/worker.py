@@ -13,7 +13,6 @@ from flax import nnx
 from gemma_jax.nn import quantised
 from gemma_jax.nn.cache import empty_cache
 from gemma_jax.nn.decoder import Decoder
-from gemma_jax.nn.paths import parameters
 from gemma_jax.parallel import mesh as meshes
 from gemma_jax.parallel.partition import Partition
 from gemma_jax.parallel.rules import SERVE, TRAIN
@@ -35,9 +34,7 @@ def held_by_first(tree: Any) -> int:
 def live(setting: Setting, purpose: str) -> dict[str, int]:
     partition = setting.partition
     model = partition.placed(Decoder(setting.config, rngs=nnx.Rngs(0), dtype=setting.floats))
-    for path, param in parameters(model).items() if setting.dtype == quantised.DTYPE else ():
-        if quantised.is_quantised(path):
-            quantised.quantise(param)
+    model = quantised.quantised(model) if setting.dtype == quantised.DTYPE else model
     if purpose in programs.TRAINING:
         with partition.scope():
             trained = model if purpose == "train" else lora.attach(model, setting.rank)
