@@ -31,6 +31,17 @@ def test_on_a_tpu_every_operation_of_every_program_has_a_kernel_and_its_blocks(c
         assert f"({generation}, the table's entry nearest to" in str(choice)
 
 
+def test_streams_are_mixed_by_kernels_where_tokens_are_many(make_3n):
+    config = make_3n(num_layers=2, num_shared=0).replace_all([("width", 128), ("context", 512)])
+    found = kernel_choices(config, "v5e", context=512)
+    mixtures = {name: [str(c) for c in choices if c.operation == "mix_streams"] for name, choices in found.items()}
+    decoding = mixtures.pop("decoding")
+    assert decoding == ["mix_streams: XLA (1 tokens are too few to fill a block)"]
+    for choices in mixtures.values():
+        assert len(choices) == 2  # the prediction of one stream, the correction of all
+        assert all(choice.startswith("mix_streams: tpu {") for choice in choices)
+
+
 def test_window_and_global_layers_are_told_apart_and_each_choice_is_told_once(config):
     choices = kernel_choices(config, "v6e", context=512)["training, 512 tokens"]
     attentions = [choice for choice in choices if choice.operation == "band_attention"]

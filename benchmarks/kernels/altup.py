@@ -1,11 +1,12 @@
-"""Whether a kernel for AltUp would pay: the bytes that it adds to a layer of Gemma 3n, as XLA compiles it for TPUs.
+"""What AltUp costs a layer of Gemma 3n on TPUs: the bytes that it adds, with our kernels and by XLA alone.
 
 python -m benchmarks.kernels.altup      # needs libtpu, no TPU
 
-A layer is compiled by itself, with AltUp and without, for a prompt's chunk. Beside the difference of the bytes that its
-instructions move in HBM stands the least of AltUp in steps of its own: predict reads and writes all streams, correct
-reads and writes them and reads the layer's output. Kernels could do with less: correct could predict again. Of an array
-that a fusion takes a part of all counts, and so do changes of layout at the ends: it is at most this difference.
+A layer is compiled by itself, with AltUp and without, for a prompt's chunk; the figures are differences of the bytes
+that their instructions move in HBM. By XLA alone predictions are all made before the block and corrected behind it, by
+products in the streams' dtype: of the forms that were tried it moves the least. Beside them stands the least that each
+way moves: predict reads all streams, and writes all or only the active one; correct reads them and the block's output,
+and writes them. Of an array that a fusion takes a part of all counts; arrays that XLA keeps in VMEM do not.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from gemma_jax import configs
 from gemma_jax.configs.config import DecoderConfig
 from gemma_jax.nn.decoder import Layer
 from gemma_jax.nn.masks import Places
+from gemma_jax.nn.sites import UNTAPPED
 from gemma_jax.parallel import hlo, hlo_text
 from gemma_jax.parallel.hlo_text import Computation, Instruction
 from gemma_kernels import using
@@ -32,14 +34,30 @@ MOVES_NOTHING = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast
 _ARRAY = re.compile(r"([a-z]\w*\[[\d,]*\])(\{[^}]*\})?")
 
 
-def layer_bytes(config: DecoderConfig, tokens: int, generation: str) -> int:
+class SeparateSteps(Layer):
+    """A layer of which XLA makes all of AltUp."""
+
+    def __call__(self, x: jax.Array, where: Places, *_: Any, piece: jax.Array | None = None, **__: Any) -> Any:
+        """As `Layer`, without a cache and without taps."""
+        active, mixture = self.altup.config.active_stream, self.altup.mixture(x)
+        mixture = (mixture - jnp.eye(len(x), dtype=mixture.dtype)).astype(x.dtype)
+        predicted = x + jnp.einsum("BTOJ,JBTD->OBTD", mixture, x)
+        y, keys = self._block(predicted[active], where, None, None, UNTAPPED, None)
+        shares = jnp.moveaxis(self.altup.shares(y), -1, 0)[..., None].astype(y.dtype)
+        x = predicted + shares * (y - predicted[active])
+        gated = x[active] * self.altup.correct_scale[...].astype(x.dtype)
+        assert piece is not None
+        return jnp.concatenate([x[:1], x[1:] + self.ple(gated, piece)]), keys
+
+
+def layer_bytes(config: DecoderConfig, tokens: int, generation: str, kind: type[Layer] = Layer) -> int:
     """Bytes that a local layer's forward of some tokens moves through HBM."""
     where = tpu.sharding(generation)
 
     def shape(*sizes: int, dtype: Any = "bfloat16") -> Any:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=where)
 
-    layer = nnx.eval_shape(lambda: Layer(config, config.layers[0], rngs=nnx.Rngs(0), dtype=jnp.dtype("bfloat16")))
+    layer = nnx.eval_shape(lambda: kind(config, config.layers[0], rngs=nnx.Rngs(0), dtype=jnp.dtype("bfloat16")))
     layer = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), layer)
     assert config.per_layer_embedding is not None
     streams = () if config.altup is None else (config.altup.num_streams,)
@@ -89,13 +107,19 @@ def main() -> None:
     config = configs.get("gemma-3n-e2b").decoder
     assert config.altup is not None
     plain, rows = dataclasses.replace(config, altup=None), []
+    streams, vector = config.altup.num_streams, TOKENS * config.width * 2
+    ways = {
+        "XLA alone": (SeparateSteps, 4 * streams + 1),
+        "kernels": (Layer, 3 * streams + 2),
+    }
     for generation in ("v5e", "v6e"):
-        whole, without = (layer_bytes(one, TOKENS, generation) for one in (config, plain))
-        streams = config.altup.num_streams
-        least = [size * TOKENS * config.width * 2 for size in (4 * streams + 1, 3 * streams + 2)]
-        rows.append([generation, *(f"{size / 1e6:,.0f}" for size in (whole, whole - without, *least))])
-    header = ["generation", "layer, MB", "of it AltUp, MB", "least of separate steps, MB", "least of kernels, MB"]
-    print(tables.table(header, rows))
+        without = layer_bytes(plain, TOKENS, generation)
+        for name, (kind, least) in ways.items():
+            whole = layer_bytes(config, TOKENS, generation, kind)
+            rows.append(
+                [generation, name, *(f"{size / 1e6:,.0f}" for size in (whole, whole - without, least * vector))]
+            )
+    print(tables.table(["generation", "AltUp by", "layer, MB", "of it AltUp, MB", "least, MB"], rows))
 
 
 if __name__ == "__main__":

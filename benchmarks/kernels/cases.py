@@ -3,13 +3,13 @@
 import functools
 from collections.abc import Iterator
 
-from benchmarks.kernels import attention, band, decode, loss, quant, splash, tokamax
+from benchmarks.kernels import attention, band, decode, loss, mix, quant, splash, tokamax
 from benchmarks.kernels.case import OURS, Case
 
 
 def every_case() -> list[Case]:
     """What a full run compiles."""
-    cases = [*_band(), *_splash(), *_tokamax(), *_decode(), *_quant(), *_loss()]
+    cases = [*_band(), *_splash(), *_tokamax(), *_decode(), *_quant(), *_loss(), *_mix()]
     names = [case.name for case in cases]
     assert len(set(names)) == len(names), names
     return cases
@@ -66,6 +66,19 @@ def _loss() -> Iterator[Case]:
                 build=functools.partial(loss.program, shape, kind),
                 choices=loss.choices(kind),
                 entry=shape.entry(kind),
+            )
+
+
+def _mix() -> Iterator[Case]:
+    for shape in mix.SHAPES:
+        for kind in mix.KINDS:
+            yield Case(
+                kernel=f"mix_{kind}",
+                shape=shape.name,
+                build=functools.partial(mix.program, shape, kind),
+                choices=mix.choices(kind),
+                entry=shape.entry(kind),
+                is_quick=shape.is_quick,
             )
 
 

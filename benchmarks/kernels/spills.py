@@ -46,6 +46,15 @@ EXPLAINED: Mapping[str, str] = {
         "of int8 caches, and of 27B's on tpu7x; HBM bounds most of them. On tpu7x one sequence at a time in place of "
         "two spills 1 of 16 stores, and takes 1 % more cycles (4b-ring-int8)"
     ),
+    "mix_streams_forward": (
+        "each token's coefficients stand in registers of their own, and more tiles are under way than the others hold; "
+        "HBM bounds it but for tpu7x. A loop over 4 tiles of the width in place of all of it still spills 60 % of its "
+        "stores, and takes 1.2 times the cycles on v5e and 1.4 times on tpu7x (3n-correct-4k)"
+    ),
+    ".*mix_streams_backward_*": (
+        "as forward. A loop over 4 tiles of the width still spills 71 to 75 % of its stores, and takes 1.05 to 1.16 "
+        "times the cycles (3n-correct-4k)"
+    ),
     "group_quant_matmul": (
         "only of many rows on tpu7x. 512 outputs in place of 1024 spill 0 of 262 stores, and take 1.1 times the "
         "cycles (4b-up-2048)"

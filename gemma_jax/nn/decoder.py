@@ -76,13 +76,13 @@ class Layer(nnx.Module):
         if not self.has_altup:
             y, keys = self._block(x, where, cache, lengths, tap, shared)
             return y if piece is None else y + tap("ple_out", self.ple(y, piece)), keys
-        predicted = self.altup.predict(x)
-        y, keys = self._block(predicted[self.altup.config.active_stream], where, cache, lengths, tap, shared)
-        x = self.altup.correct(predicted, y)
-        if piece is not None:  # to all but the first
-            added = tap("ple_out", self.ple(self.altup.gated(x), piece))
-            x = jnp.concatenate([x[:1], x[1:] + added])
-        return x, keys
+        mixture = self.altup.mixture(x)
+        predicted = self.altup.predicted(x, mixture)
+        y, keys = self._block(predicted, where, cache, lengths, tap, shared)
+        shares, added = self.altup.shares(y), None
+        if piece is not None:
+            added = tap("ple_out", self.ple(self.altup.gated(predicted, y, shares), piece))
+        return self.altup.corrected(x, mixture, y, shares, added), keys
 
     def _block(
         self,

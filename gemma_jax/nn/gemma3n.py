@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from gemma_jax.configs.config import DecoderConfig
+from gemma_jax.nn import kernels
 from gemma_jax.nn.layers import ACTIVATION, RMSNorm, dimension_sizes, product, weight, wide
 
 FLOOR = 1e-5  # of a mean square that is divided by
@@ -31,22 +32,46 @@ class AltUp(nnx.Module):
         if self.config.has_corrected_scale:
             self.correct_scale = nnx.Param(jnp.ones((config.width,), dtype), dims="D")
 
-    def predict(self, x: Float[Array, "A B T D"]) -> Float[Array, "A B T D"]:
-        """The streams as the block finds them: each plus a mixture of all, chosen by the active one."""
-        mixture = jnp.einsum(
-            "BTP,POJ->BTOJ", self._routed(x[self.config.active_stream]), self._clipped(self.prediction)
-        )
-        return x + jnp.einsum("BTOJ,JBTD->OBTD", mixture.astype(x.dtype), x)
+    def mixture(self, x: Float[Array, "A B T D"]) -> Float[Array, "B T A A"]:
+        """Of each stream made the share of each read: the predictions are each stream plus a mixture of all, which the
+        active one chooses.
+        """
+        routed = self._routed(x[self.config.active_stream])
+        mixture = jnp.einsum("BTP,POJ->BTOJ", routed, self._clipped(self.prediction))
+        return mixture + jnp.eye(len(x), dtype=mixture.dtype)
 
-    def correct(self, predicted: Float[Array, "A B T D"], y: Float[Array, "B T D"]) -> Float[Array, "A B T D"]:
-        """The streams once the block has made `y` of the active one: each gets a share of what was mispredicted."""
-        shares = jnp.einsum("BTP,PO->OBT", self._routed(y), self._clipped(self.correction)) + 1.0
-        return predicted + shares[..., None].astype(y.dtype) * (y - predicted[self.config.active_stream])
+    def predicted(self, x: Float[Array, "A B T D"], mixture: Float[Array, "B T A A"]) -> Float[Array, "B T D"]:
+        """The active stream as the block finds it. The others need not exist before `corrected`."""
+        active = self.config.active_stream
+        return kernels.mix_streams(mixture[:, :, active : active + 1], x)[0]
 
-    def gated(self, x: Float[Array, "A B T D"]) -> Float[Array, "B T D"]:
-        """What the gate of the layer's own embedding sees of the corrected streams."""
-        active = x[self.config.active_stream]
-        return active * self.correct_scale[...].astype(x.dtype) if self.config.has_corrected_scale else active
+    def shares(self, y: Float[Array, "B T D"]) -> Float[Array, "B T A"]:
+        """How much each stream gets of what was mispredicted, once the block has made `y` of the active one."""
+        return jnp.einsum("BTP,PO->BTO", self._routed(y), self._clipped(self.correction)) + 1.0
+
+    def gated(
+        self, predicted: Float[Array, "B T D"], y: Float[Array, "B T D"], shares: Float[Array, "B T A"]
+    ) -> Float[Array, "B T D"]:
+        """What the gate of the layer's own embedding sees: the active stream, corrected."""
+        share = shares[..., self.config.active_stream, None].astype(y.dtype)
+        active = predicted + share * (y - predicted)
+        return active * self.correct_scale[...].astype(y.dtype) if self.config.has_corrected_scale else active
+
+    def corrected(
+        self,
+        x: Float[Array, "A B T D"],
+        mixture: Float[Array, "B T A A"],
+        y: Float[Array, "B T D"],
+        shares: Float[Array, "B T A"],
+        added: Float[Array, "B T D"] | None,
+    ) -> Float[Array, "A B T D"]:
+        """The streams behind the block: prediction + share * (y - the active prediction), + `added` but for the first.
+
+        Predicted anew from `x` in the same pass: all streams are read once and written once.
+        """
+        shares = shares[..., None]
+        of_streams = mixture - shares * mixture[:, :, self.config.active_stream, None]
+        return kernels.mix_streams(jnp.concatenate([of_streams, shares], axis=-1), x, y, added)
 
     def _routed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T A"]:
         normed = self.router_norm(x) * jnp.asarray(1 / self.width, x.dtype)

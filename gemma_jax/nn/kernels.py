@@ -2,13 +2,15 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import gemma_kernels
+from gemma_jax.nn import logical
 from gemma_jax.nn.cache import LayerCache, advance
 from gemma_jax.nn.masks import Places
 from gemma_jax.nn.stored import Stored
-from gemma_kernels import Band, Marks
+from gemma_kernels import Band, Marks, reference
 
 
 def band_attention(
@@ -117,3 +119,35 @@ def table_losses(
     if choice.kernel is None:
         return None
     return gemma_kernels.linear_cross_entropy(x.astype(table.dtype), table, targets, cap, choice)
+
+
+def mix_streams(
+    coefficients: Float[Array, "B T O I"],
+    streams: Float[Array, "S B T D"],
+    other: Float[Array, "B T D"] | None = None,
+    added: Float[Array, "B T D"] | None = None,
+) -> Float[Array, "O B T D"]:
+    """Sums of each token's vectors by coefficients of its own; see `gemma_kernels.reference.mix_streams`.
+
+    On a mesh each device mixes the part of tokens and width that it has.
+    """
+    if logical.current() is None:
+        return _mixed(coefficients, streams, other, added)
+    vector = logical.spec(("batch", "act_seq", "act_embed"), streams.shape[1:])
+    several, tokens = PartitionSpec(None, *vector), PartitionSpec(*vector[:2])
+    specs = (tokens, several, vector, vector)
+    run = jax.shard_map(_mixed, in_specs=specs, out_specs=several, check_vma=False)
+    return run(coefficients, streams, other, added)
+
+
+def _mixed(coefficients: jax.Array, streams: jax.Array, other: jax.Array | None, added: jax.Array | None) -> jax.Array:
+    def joined(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-3], -1, x.shape[-1])
+
+    flat = coefficients.reshape(-1, *coefficients.shape[2:]), joined(streams)
+    choice = gemma_kernels.choose_mix_streams(*flat)
+    if choice.kernel is None:
+        return reference.mix_streams(coefficients, streams, other, added)
+    other, added = (None if x is None else joined(x) for x in (other, added))
+    out = gemma_kernels.mix_streams(*flat, other, added, choice)
+    return out.reshape(len(out), *streams.shape[1:])

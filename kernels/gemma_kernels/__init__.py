@@ -12,9 +12,11 @@ from gemma_kernels.ops import (
     choose_decode_attention,
     choose_group_quant_matmul,
     choose_linear_cross_entropy,
+    choose_mix_streams,
     decode_attention,
     group_quant_matmul,
     linear_cross_entropy,
+    mix_streams,
 )
 from gemma_kernels.tpu.band import Band, Marks
 
@@ -28,9 +30,11 @@ __all__ = [
     "choose_decode_attention",
     "choose_group_quant_matmul",
     "choose_linear_cross_entropy",
+    "choose_mix_streams",
     "decode_attention",
     "group_quant_matmul",
     "linear_cross_entropy",
+    "mix_streams",
     "recorded",
     "using",
 ]

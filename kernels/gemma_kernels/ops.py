@@ -17,12 +17,15 @@ from gemma_kernels.tpu import band_attention as bands
 from gemma_kernels.tpu import decode_attention as decoding
 from gemma_kernels.tpu import group_quant_matmul as quantised
 from gemma_kernels.tpu import linear_cross_entropy as losses
+from gemma_kernels.tpu import mix_streams as mixing
 from gemma_kernels.tpu.band import LANES, Band, BandBlocks, Marks
 from gemma_kernels.tpu.band_tiles import AttentionBlocks, TileBlocks
 
 MOST_DECODE_QUERIES = 16  # of more of them `band_attention` makes better use of the matrix unit
 TILE_BYTES = 32  # of the slots that lie in one register of a TPU, one below the other
 LARGEST_FUSED_WINDOW = 2048
+FEWEST_MIXED = 64  # tokens: of fewer a layer's weights are most of what it reads
+MIX_BYTES = 40 * 2**20  # of VMEM for vectors: the tables' blocks, which are for bfloat16, may be more of wider ones
 QUANT_ROWS = 16  # a register's rows of bfloat16: blocks of some of x's rows, and not all, are multiples of it
 INTERPRETED = "v5e"  # the generation whose blocks the interpreter uses
 PARTITIONED = "XLA divides this program between devices, and cannot divide a kernel; see jax.shard_map"
@@ -265,3 +268,39 @@ def group_quant_matmul(
     assert choice.blocks is not None
     blocks = quantised.QuantMatmulBlocks(**choice.blocks)
     return quantised.group_quant_matmul(x, values, scales, blocks=blocks, interpret=choice.is_interpreted)
+
+
+def choose_mix_streams(coefficients: jax.Array, streams: jax.Array) -> Choice:
+    """What serves `mix_streams`; of the arrays only shapes and dtypes are looked at."""
+    refusal, (num_tokens, width) = None, streams.shape[1:]
+    if streams.dtype not in DTYPES:
+        refusal = f"streams are {streams.dtype.name}: wanted bfloat16 or float32"
+    elif width % LANES:
+        refusal = f"width {width} is no multiple of {LANES}"
+    elif num_tokens < FEWEST_MIXED:
+        refusal = f"{num_tokens} tokens are too few to fill a block"
+    num_out, num_in = coefficients.shape[1:]
+    choice = _unnoted_tpu_choice("mix_streams", {"width": width, "vectors": num_out + num_in}, refusal)
+    if choice.blocks is not None:
+        vectors = {"forward": num_out + num_in + 1, "backward": num_out + 2 * (num_in + 1)}  # at most, in VMEM
+        row = 2 * width * streams.dtype.itemsize
+        most = {name: MIX_BYTES // (count * row) // mixing.STEP * mixing.STEP for name, count in vectors.items()}
+        sizes = {name: max(min(size, most[name]), mixing.STEP) for name, size in choice.blocks.items()}
+        choice = replace(choice, blocks=sizes)
+    return dispatch.noted(choice)
+
+
+def mix_streams(
+    coefficients: Float[Array, "T O I"],
+    streams: Float[Array, "S T D"],
+    other: Float[Array, "T D"] | None,
+    added: Float[Array, "T D"] | None,
+    choice: Choice,
+) -> Float[Array, "O T D"]:
+    """Sums of each token's vectors by coefficients of its own, differentiable; see `reference.mix_streams`.
+
+    `choice`: what `choose_mix_streams` gave for these arrays.
+    """
+    assert choice.blocks is not None
+    blocks = mixing.MixBlocks(**choice.blocks)
+    return mixing.mix_streams(coefficients, streams, other, added, blocks=blocks, interpret=choice.is_interpreted)

@@ -109,3 +109,22 @@ def cross_entropy(
     logits = capped(jnp.einsum("TD,VD->TV", hidden, table, preferred_element_type=wide(hidden)), softcap)
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
     return jax.nn.logsumexp(logits, axis=1) - chosen
+
+
+def mix_streams(
+    coefficients: Float[Array, "*batch O I"],
+    streams: Float[Array, "S *batch D"],
+    other: Float[Array, "*batch D"] | None = None,
+    added: Float[Array, "*batch D"] | None = None,
+) -> Float[Array, "O *batch D"]:
+    """out[o] = sum over i of coefficients[o, i] vectors[i], + added where o > 0; the vectors are streams, then `other`.
+
+    Sums are `wide`, and rounded once to the streams' dtype.
+    """
+    vectors = [x.astype(wide(x)) for x in (*streams, *(() if other is None else (other,)))]
+    coefficients = coefficients.astype(vectors[0].dtype)
+    out = []
+    for o in range(coefficients.shape[-2]):
+        total = sum(coefficients[..., o, i, None] * x for i, x in enumerate(vectors))
+        out.append(total if added is None or o == 0 else total + added.astype(vectors[0].dtype))
+    return jnp.stack(out).astype(streams.dtype)

@@ -16,6 +16,7 @@ from gemma_kernels.tpu.band_tiles import AttentionBlocks, TileBlocks
 from gemma_kernels.tpu.decode_attention import DecodeBlocks, decode_attention
 from gemma_kernels.tpu.group_quant_matmul import QuantMatmulBlocks, group_quant_matmul
 from gemma_kernels.tpu.linear_cross_entropy import Block, Blocks, linear_cross_entropy
+from gemma_kernels.tpu.mix_streams import MixBlocks, mix_streams
 
 T, H = 1024, 128  # of the attention; B is 2, N 4, K 2
 BYTES = 2  # of a bfloat16
@@ -167,3 +168,20 @@ def test_a_quantised_product_costs_its_weights_once_for_each_block_of_rows(bits)
     weights = inputs * outputs * bits // 8 + inputs // 32 * outputs * BYTES
     moved = 2 * weights + 3 * rows * inputs * BYTES + rows * outputs * BYTES  # x for each of 3 columns of blocks
     assert cost == (2 * rows * inputs * outputs, 0, moved)
+
+
+def test_a_mixture_of_streams_costs_each_vector_once():
+    tokens, width = 100, 256
+    arrays = shape(tokens, 3, 5, dtype="float32"), shape(4, tokens, width), *[shape(tokens, width)] * 2
+    d_out = shape(3, tokens, width)
+
+    def call(d_out, *arrays):
+        _, pull = jax.vjp(lambda *arrays: mix_streams(*arrays, blocks=MixBlocks(64, 32)), *arrays)
+        return pull(d_out)
+
+    product, vector, coefficients = 2 * tokens * width * 3 * 5, tokens * width * BYTES, tokens * 3 * 5 * 4
+    assert costs(call, d_out, *arrays) == {
+        "mix_streams_forward": (product, 0, coefficients + (6 + 3) * vector),  # 4 + 2 vectors in, 3 out
+        # what is sent back and 5 vectors in; the gradients of these and of what was added out
+        "mix_streams_backward": (2 * product, 0, 2 * coefficients + (3 + 5 + 6) * vector),
+    }

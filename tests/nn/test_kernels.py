@@ -47,6 +47,13 @@ def model_3n(make_3n, with_random_norms):
     return with_random_norms(Decoder(config, rngs=nnx.Rngs(6)))
 
 
+@pytest.fixture(scope="module")
+def wide_3n(make_3n, with_random_norms):
+    """Streams of a width that kernels mix; heads that they do not serve."""
+    config = make_3n(num_layers=2, num_shared=0).replace("width", 128)
+    return with_random_norms(Decoder(config, rngs=nnx.Rngs(7)))
+
+
 @pytest.fixture
 def spy(monkeypatch):
     """Which forms of attention kernels served."""
@@ -140,6 +147,30 @@ def test_logits_and_gradients_of_a_model_are_the_same(model, spy):
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     for one, other in zip(jax.tree.leaves(theirs), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        pytest.param([("altup.active_stream", 1), ("per_layer_embedding", None)], marks=pytest.mark.slow),
+    ],
+)
+def test_logits_and_gradients_of_streams_are_the_same(wide_3n, changes):
+    """In float32 AltUp amplifies rounding (gemma3n.md, trap 1): tolerances are those of parity, of the largest."""
+    model = wide_3n if not changes else Decoder(wide_3n.config.replace_all(changes), rngs=nnx.Rngs(8))
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, 128, (2, 50)))
+
+    def loss(model):
+        return train.next_token_loss(model, train.Batch(tokens))
+
+    with gemma_kernels.recorded() as choices:
+        (found, theirs), (wanted, gradients) = both(jax.value_and_grad(loss), model)
+    kernels = [choice.kernel for choice in choices if choice.operation == "mix_streams"]
+    assert kernels == [None] * 4 + ["tpu"] * 4  # a prediction and a correction of each layer, without and with
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(theirs), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
 
 
 @pytest.mark.slow
