@@ -1,4 +1,4 @@
-"""Kernels for Gemma's attention, head and quantised weights: arrays in, arrays out.
+"""Kernels for Gemma's attention, streams, head and quantised weights: arrays in, arrays out.
 
 Each operation has a `choose_...` that says what serves it for the arrays at hand; see `dispatch`. What it computes is
 written in plain `jnp` in `reference`.
