@@ -35,7 +35,8 @@ def band_attention(
     else:  # columns without a token may stand before those of the first document
         own, theirs = (jnp.zeros_like(one.positions) if one.segments is None else one.segments for one in places)
         theirs = jnp.where(key.positions < 0, -1, theirs)
-        marks = Marks(jnp.full(q.shape[:1], start, jnp.int32), own, theirs, query.blocks, key.blocks)
+        offsets, multiple = jnp.full(q.shape[:1], start, jnp.int32), start if isinstance(start, int) else 1
+        marks = Marks(offsets, own, theirs, query.blocks, key.blocks, multiple)
     return gemma_kernels.band_attention(q, k, v, marks, band, choice).swapaxes(1, 2)
 
 
@@ -60,13 +61,13 @@ def chunk_attention(
             return served
     q = q.swapaxes(1, 2)
     if band.window is None:  # the slots of a global cache are its positions
-        keys, values, offsets = after.keys, after.values, lengths
+        keys, values, offsets, multiple = after.keys, after.values, lengths, 1
         spans, segments = placed(where.blocks, lengths, keys.shape[2]), None
     else:
         slots = before.keys.shape[2]
         keys, values = (jnp.concatenate([unrolled(old, lengths), new.astype(old.dtype)], axis=2)
                         for old, new in ((before.keys, k), (before.values, v)))  # fmt: skip
-        offsets = jnp.full_like(lengths, slots)
+        offsets, multiple = jnp.full_like(lengths, slots), slots
         is_empty = jnp.arange(keys.shape[2])[None, :] < slots - lengths[:, None]
         segments = -is_empty.astype(jnp.int32)
         spans = None if where.blocks is None else jnp.pad(where.blocks, [(0, 0), (slots, 0)])
@@ -74,7 +75,7 @@ def chunk_attention(
     if choice.kernel is None or not where.is_dense:
         return None
     own = None if segments is None else jnp.zeros(q.shape[::2], jnp.int32)
-    marks = Marks(offsets, own, segments, where.blocks, spans)
+    marks = Marks(offsets, own, segments, where.blocks, spans, multiple)
     return gemma_kernels.band_attention(q, keys, values, marks, band, choice).swapaxes(1, 2)
 
 

@@ -26,7 +26,7 @@ TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One attention: rows are B = 2 unless said, offsets one per row."""
+    """One attention: rows are B = 2 unless said, offsets one per row, all multiples of `multiple`."""
 
     num_queries: int
     num_keys: int
@@ -38,6 +38,7 @@ class Case:
     num_key_heads: int = 1
     dtype: str = "float32"
     width: int = 128
+    multiple: int = 1
 
 
 def marks_of(case: Case, seed: int = 0, rows: int = 2) -> Marks:
@@ -61,11 +62,12 @@ def marks_of(case: Case, seed: int = 0, rows: int = 2) -> Marks:
         return (ids[row, columns], ids[:, : case.num_keys]) if has else (None, None)
 
     placed = None if case.offsets is None else jnp.asarray(case.offsets, jnp.int32)
-    return Marks(placed, *pair(segments, case.has_segments), *pair(spans, case.band.max_span > 0))
+    ids = *pair(segments, case.has_segments), *pair(spans, case.band.max_span > 0)
+    return Marks(placed, *ids, multiple=case.multiple)
 
 
 def mask_of(case: Case, marks: Marks) -> jax.Array:
-    fields = {field.name: getattr(marks, field.name) for field in dataclasses.fields(marks) if field.name != "offsets"}
+    fields = {name: getattr(marks, name) for one in ("query", "key") for name in (f"{one}_segments", f"{one}_spans")}
     offset = 0 if marks.offsets is None else marks.offsets
     mask = reference.band_mask(case.num_queries, case.num_keys, window=case.band.window, offset=offset, **fields)
     return jnp.broadcast_to(mask, (2, *mask.shape[1:]))
@@ -95,7 +97,9 @@ def assert_equals_reference(case: Case, q, k, v, marks: Marks, interpret: Any = 
 @st.composite
 def cases(draw) -> Case:
     window = draw(st.sampled_from([None, 1, 100, 128, 300]))
-    offsets = draw(st.sampled_from([None, (0, 128), (-60, 333)]))
+    offsets, multiple = draw(
+        st.sampled_from([(None, 1), ((0, 128), 1), ((-60, 333), 1), ((0, 128), 128), ((-64, 192), 64)])
+    )
     num_keys = draw(st.sampled_from([128, 300, 512, 700]))
     num_key_heads = draw(st.sampled_from([1, 2]))
     heads = draw(st.sampled_from([1, 2]))
@@ -110,6 +114,7 @@ def cases(draw) -> Case:
         num_key_heads,
         draw(st.sampled_from(["float32", "bfloat16"])),
         draw(st.sampled_from([128, 256])),
+        multiple,
     )
 
 
@@ -135,6 +140,30 @@ def test_keys_that_are_fewer_than_a_step_may_read_are_enough(window, offset, num
     offsets, num_queries = (None, num_keys) if offset is None else ((offset, offset), num_keys - offset)
     case = Case(num_queries, num_keys, Band(window), BandBlocks(block_q, 128, 1), offsets=offsets)
     assert_equals_reference(case, *inputs_of(case), marks_of(case))
+
+
+@pytest.mark.parametrize(("window", "offset"), [(256, 256), (200, 256), (300, 384)])
+@pytest.mark.parametrize("multiple", [64, 128])
+def test_offsets_of_a_known_multiple_equal_the_reference(window, offset, multiple):
+    case = Case(
+        256, offset + 256, Band(window), BandBlocks(256, 128, 2), (offset, offset - multiple), multiple=multiple
+    )
+    assert_equals_reference(case, *inputs_of(case), marks_of(case))
+
+
+@pytest.mark.parametrize("window", [512, 1024])
+@pytest.mark.parametrize("block_kv", [128, 256])
+def test_a_chunk_behind_a_full_ring_needs_no_masks_but_the_bands(window, block_kv):
+    """A model's next 512 tokens: their columns are those behind the ring's, which is known when traced."""
+    blocks, num_keys, offsets = BandBlocks(512, block_kv, 2), window + 512, jnp.full((1,), window, jnp.int32)
+
+    def is_plain(multiple: int) -> list[int]:
+        marks = Marks(offsets, multiple=multiple)
+        plan = make_plan(Band(window), blocks, marks, (512, num_keys), num_keys, jnp.dtype("bfloat16"))
+        return schedule(plan, marks, 1, 512, is_window=True).is_plain.tolist()
+
+    assert is_plain(window) == [1]
+    assert is_plain(1) == [0]  # a block of keys more may be needed than there is
 
 
 @pytest.mark.parametrize("width", [128, 256])
@@ -180,12 +209,12 @@ def test_the_schedule_covers_what_is_seen_and_leaves_unmasked_only_what_is_all_s
     some, every, reach, any_seen, all_seen = jax.jit(lambda marks: block_facts(case, marks))(marks)
     assert not np.any(some & ~any_seen)
     assert not np.any(all_seen & ~every)
-    lengths, is_aligned = (case.num_keys, case.num_queries), case.offsets is None
+    lengths = case.num_keys, case.num_queries
     for reached, axis, length, most in zip(
         reach, (2, 1), lengths, (bands.most_key_blocks, bands.most_query_blocks), strict=True
     ):
         assert not np.any(some & ~reached)
-        assert reached.sum(axis).max() <= most(case.band, case.blocks, length, is_aligned)
+        assert reached.sum(axis).max() <= most(case.band, case.blocks, length, marks.step)
 
 
 def block_facts(case: Case, marks: Marks) -> tuple:
@@ -254,6 +283,7 @@ def timed(build) -> float:
         ({"band": Band(None, None, 8)}, "max_span is 8 and spans are not given"),
         ({"marks": Marks(query_segments=jnp.zeros((2, 256), jnp.int32))}, "segments are given of queries or of keys"),
         ({"marks": Marks(offsets=jnp.zeros(3, jnp.int32))}, "offsets have shape"),
+        ({"marks": Marks(offsets=jnp.zeros(2, jnp.int32), multiple=0)}, "multiple is 0"),
         ({"k": jnp.zeros((2, 1, 256, 64)), "v": jnp.zeros((2, 1, 256, 64))}, "q, k and v have shapes"),
         ({"q": jnp.zeros((2, 2, 256, 64)), "k": jnp.zeros((2, 1, 256, 64)), "v": jnp.zeros((2, 1, 256, 64))}, "width"),
     ],

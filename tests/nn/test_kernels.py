@@ -108,11 +108,13 @@ def test_attention_of_a_sequence_to_itself_is_the_same(kind, what, spy):
     np.testing.assert_allclose(np.asarray(found)[is_real], np.asarray(wanted)[is_real], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["local", "global"])
+@pytest.mark.parametrize(
+    ("window", "has_blocks"), [(WINDOW, False), (WINDOW, True), (128, False), (None, False), (None, True)]
+)
 @pytest.mark.parametrize("lengths", [(150, 60), (0, 7)])
-@pytest.mark.parametrize("has_blocks", [False, True])
-def test_attention_of_a_chunk_to_what_came_before_is_the_same(kind, lengths, has_blocks, spy):
-    count, slots = 130, WINDOW if kind == "local" else 512
+def test_attention_of_a_chunk_to_what_came_before_is_the_same(window, lengths, has_blocks, spy):
+    """With a ring of whole blocks of keys the kernel knows where the chunk stands: (150, 60) fills one and not one."""
+    count, slots = 130, window or 512
     q, k, v, *old = arrays(
         (2, count, 4, HEAD_DIM), *[(2, 2, count, HEAD_DIM)] * 2, *[(2, 2, 200, HEAD_DIM)] * 2, seed=1
     )
@@ -124,7 +126,7 @@ def test_attention_of_a_chunk_to_what_came_before_is_the_same(kind, lengths, has
     positions = jnp.where(column < jnp.asarray([[count], [99]]), stored[:, None] + column, -1)
     blocks = jnp.where((column >= 30) & (column < 60), 1, 0) * jnp.ones((2, 1), jnp.int32) if has_blocks else None
     where = Places(positions, blocks=blocks, is_dense=True)
-    look = Look(KINDS[kind], ATTENTION, max_span=30)
+    look = Look(AttentionKind(window=window, rope_theta=1e4), ATTENTION, max_span=30)
 
     def call(q, k, v):
         after = store(before, k, v, where, stored)

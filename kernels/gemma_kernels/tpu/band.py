@@ -6,7 +6,7 @@ Dimension letters as in `gemma_kernels.reference`; `nq` and `nk` count blocks of
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -51,8 +51,9 @@ class Band:
 class Marks:
     """What is known of an attention only when it runs; the rule is `reference.band_mask`'s.
 
-    offsets: query i of row b stands in key column offsets[b] + i; None: in column i, which is known when traced and
-    makes the kernels of a window smaller. Segments and spans: ids of each query and each key.
+    offsets: query i of row b stands in key column offsets[b] + i; None: in column i. Segments and spans: ids of each
+    query and each key. multiple: a promise, known when traced, that offsets are multiples of it: with one that blocks
+    divide a window touches fewer blocks of keys, and fewer keys suffice for the path without masks.
     """
 
     offsets: Int[Array, " B"] | None = None
@@ -60,6 +61,12 @@ class Marks:
     key_segments: Int[Array, "B S"] | None = None
     query_spans: Int[Array, "B T"] | None = None
     key_spans: Int[Array, "B S"] | None = None
+    multiple: int = field(default=1, metadata={"static": True})
+
+    @property
+    def step(self) -> int:
+        """What all offsets are multiples of; 0 where all are 0."""
+        return 0 if self.offsets is None else self.multiple
 
     def columns(self, num_rows: int) -> Int[Array, " B"]:
         """The key column of each row's first query."""
@@ -136,6 +143,8 @@ def check_marks(marks: Marks, band: Band, queries: tuple[int, int], keys: tuple[
         )
     if marks.offsets is not None and marks.offsets.shape != queries[:1]:
         raise ValueError(f"offsets have shape {marks.offsets.shape}, wanted {queries[:1]}: one for each row")
+    if marks.multiple < 1:
+        raise ValueError(f"the offsets' multiple is {marks.multiple}, wanted 1 or more")
 
 
 def padded(x: Array, axis: int, block: int, mode: str = "constant") -> Array:
@@ -152,12 +161,12 @@ def padded_marks(marks: Marks, blocks: BandBlocks) -> Marks:
     def ids(x, block, mode="edge"):
         return None if x is None else padded(x.astype(jnp.int32), 1, block, mode)
 
-    return Marks(
-        marks.offsets,
-        ids(marks.query_segments, blocks.block_q),
-        ids(marks.key_segments, blocks.block_kv),
-        ids(marks.query_spans, blocks.block_q, "constant"),
-        ids(marks.key_spans, blocks.block_kv, "constant"),
+    return replace(
+        marks,
+        query_segments=ids(marks.query_segments, blocks.block_q),
+        key_segments=ids(marks.key_segments, blocks.block_kv),
+        query_spans=ids(marks.query_spans, blocks.block_q, "constant"),
+        key_spans=ids(marks.key_spans, blocks.block_kv, "constant"),
     )
 
 
@@ -262,22 +271,19 @@ def most_blocks(width: int, shift: int, step: int, block: int) -> int:
     return (block - align + shift % align + width - 1) // block + 1
 
 
-def most_key_blocks(band: Band, blocks: BandBlocks, num_keys: int, is_aligned: bool) -> int:
-    """Most blocks of keys that any block of queries reaches: an extent of the grid.
-
-    is_aligned: offsets are multiples of block_q (Marks.offsets None), else they may be anything.
-    """
+def most_key_blocks(band: Band, blocks: BandBlocks, num_keys: int, step: int) -> int:
+    """Most blocks of keys that any block of queries reaches: an extent of the grid. `step` is `Marks.step`."""
     count = -(-num_keys // blocks.block_kv)
     if band.window is None:
         return count
     width = blocks.block_q + band.window - 1 + band.ahead
-    return min(most_blocks(width, 1 - band.window, blocks.block_q if is_aligned else 1, blocks.block_kv), count)
+    return min(most_blocks(width, 1 - band.window, math.gcd(blocks.block_q, step), blocks.block_kv), count)
 
 
-def most_query_blocks(band: Band, blocks: BandBlocks, num_queries: int, is_aligned: bool) -> int:
-    """Most blocks of queries that see any one block of keys; is_aligned: Marks.offsets is None."""
+def most_query_blocks(band: Band, blocks: BandBlocks, num_queries: int, step: int) -> int:
+    """Most blocks of queries that see any one block of keys; `step` is `Marks.step`."""
     count = -(-num_queries // blocks.block_q)
     if band.window is None:
         return count
     width = blocks.block_kv + band.window - 1 + band.ahead
-    return min(most_blocks(width, -band.ahead, blocks.block_kv if is_aligned else 1, blocks.block_q), count)
+    return min(most_blocks(width, -band.ahead, math.gcd(blocks.block_kv, step), blocks.block_q), count)

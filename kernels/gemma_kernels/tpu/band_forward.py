@@ -55,16 +55,15 @@ def make_plan(
     band: Band, blocks: BandBlocks, marks: Marks, lengths: tuple[int, int], num_keys: int, dtype: jnp.dtype
 ) -> Plan:
     """The plan for queries and keys of padded `lengths`, of which num_keys keys are there."""
-    is_aligned = marks.offsets is None
     window = band.window or num_keys
-    align = math.gcd(blocks.block_q, blocks.block_kv) if is_aligned else 1
+    align = math.gcd(blocks.block_q, blocks.block_kv, marks.step)
     lead = window - 1 + (1 - window) % align
     return Plan(
         band,
         blocks,
         num_keys,
         (lengths[0] // blocks.block_q, lengths[1] // blocks.block_kv),
-        bands.most_key_blocks(band, blocks, num_keys, is_aligned),
+        bands.most_key_blocks(band, blocks, num_keys, marks.step),
         (lead, lead + blocks.block_kv - align),
         jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
     )
