@@ -124,14 +124,16 @@ def table_losses(
 
 def mix_streams(
     coefficients: Float[Array, "B T O I"],
-    streams: Float[Array, "S B T D"],
+    streams: Float[Array, "A B T D"],
     other: Float[Array, "B T D"] | None = None,
     added: Float[Array, "B T D"] | None = None,
 ) -> Float[Array, "O B T D"]:
     """Sums of each token's vectors by coefficients of its own; see `gemma_kernels.reference.mix_streams`.
 
-    On a mesh each device mixes the part of tokens and width that it has.
+    `other` and `added` are taken in the streams' dtype. On a mesh each device mixes the part of tokens and width that
+    it has.
     """
+    other, added = (None if x is None else x.astype(streams.dtype) for x in (other, added))
     if logical.current() is None:
         return _mixed(coefficients, streams, other, added)
     vector = logical.spec(("batch", "act_seq", "act_embed"), streams.shape[1:])

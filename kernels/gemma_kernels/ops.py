@@ -24,8 +24,7 @@ from gemma_kernels.tpu.band_tiles import AttentionBlocks, TileBlocks
 MOST_DECODE_QUERIES = 16  # of more of them `band_attention` makes better use of the matrix unit
 TILE_BYTES = 32  # of the slots that lie in one register of a TPU, one below the other
 LARGEST_FUSED_WINDOW = 2048
-FEWEST_MIXED = 64  # tokens: of fewer a layer's weights are most of what it reads
-MIX_BYTES = 40 * 2**20  # of VMEM for vectors: the tables' blocks, which are for bfloat16, may be more of wider ones
+FEWEST_MIXED = 64  # tokens; AltUp of E2B then moves 4 MB a layer, beside 120 of weights (not timed)
 QUANT_ROWS = 16  # a register's rows of bfloat16: blocks of some of x's rows, and not all, are multiples of it
 INTERPRETED = "v5e"  # the generation whose blocks the interpreter uses
 PARTITIONED = "XLA divides this program between devices, and cannot divide a kernel; see jax.shard_map"
@@ -279,20 +278,12 @@ def choose_mix_streams(coefficients: jax.Array, streams: jax.Array) -> Choice:
         refusal = f"width {width} is no multiple of {LANES}"
     elif num_tokens < FEWEST_MIXED:
         refusal = f"{num_tokens} tokens are too few to fill a block"
-    num_out, num_in = coefficients.shape[1:]
-    choice = _unnoted_tpu_choice("mix_streams", {"width": width, "vectors": num_out + num_in}, refusal)
-    if choice.blocks is not None:
-        vectors = {"forward": num_out + num_in + 1, "backward": num_out + 2 * (num_in + 1)}  # at most, in VMEM
-        row = 2 * width * streams.dtype.itemsize
-        most = {name: MIX_BYTES // (count * row) // mixing.STEP * mixing.STEP for name, count in vectors.items()}
-        sizes = {name: max(min(size, most[name]), mixing.STEP) for name, size in choice.blocks.items()}
-        choice = replace(choice, blocks=sizes)
-    return dispatch.noted(choice)
+    return _tpu_choice("mix_streams", {"width": width, "vectors": sum(coefficients.shape[1:])}, refusal)
 
 
 def mix_streams(
     coefficients: Float[Array, "T O I"],
-    streams: Float[Array, "S T D"],
+    streams: Float[Array, "A T D"],
     other: Float[Array, "T D"] | None,
     added: Float[Array, "T D"] | None,
     choice: Choice,

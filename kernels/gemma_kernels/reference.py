@@ -1,7 +1,7 @@
 """What each kernel computes, in plain `jnp`: the oracle of their tests, and the path where no kernel is chosen.
 
 Dimension letters: B sequences, T query tokens, S key columns, N query heads, K key/value heads, G = N/K, H head width,
-I and O the inputs and outputs of a matrix, D model width, V vocabulary.
+I and O the inputs and outputs of a matrix, or vectors that are mixed and made, D model width, V vocabulary, A streams.
 """
 
 import jax
@@ -113,7 +113,7 @@ def cross_entropy(
 
 def mix_streams(
     coefficients: Float[Array, "*batch O I"],
-    streams: Float[Array, "S *batch D"],
+    streams: Float[Array, "A *batch D"],
     other: Float[Array, "*batch D"] | None = None,
     added: Float[Array, "*batch D"] | None = None,
 ) -> Float[Array, "O *batch D"]:

@@ -42,13 +42,15 @@ class Case:
     num_keys: int = 512
     marks: str = ""  # some of: segments spans offsets
     width: int = 128
+    multiple: int = 1  # of offsets
 
     @functools.cached_property
     def gradients(self):
         """(q, k, v, d_out, marks) -> gradients of the kernels, and of the reference."""
 
         def both(q, k, v, d_out, marks):
-            ids = {f.name: getattr(marks, f.name) for f in dataclasses.fields(marks) if f.name != "offsets"}
+            names = [f"{one}_{kind}" for one in ("query", "key") for kind in ("segments", "spans")]
+            ids = {name: getattr(marks, name) for name in names}
             offset = 0 if marks.offsets is None else marks.offsets
             sizes = self.num_queries, self.num_keys
             mask = reference.band_mask(*sizes, window=self.band.window, offset=offset, **ids)
@@ -84,8 +86,8 @@ class Case:
                 ids[row, begin : begin + int(rng.integers(1, self.band.max_span + 1))] = begin + 1
             marks |= {"query_spans": ids[:, : queries[1]], "key_spans": ids[:, : keys[1]]}
         if "offsets" in self.marks:
-            marks["offsets"] = rng.integers(-queries[1], keys[1], 2)
-        return Marks(**{name: jnp.asarray(x, jnp.int32) for name, x in marks.items()})
+            marks["offsets"] = self.multiple * rng.integers(-queries[1] // self.multiple, keys[1] // self.multiple, 2)
+        return Marks(**{name: jnp.asarray(x, jnp.int32) for name, x in marks.items()}, multiple=self.multiple)
 
 
 CASES = {
@@ -96,6 +98,8 @@ CASES = {
     "window with softcap": Case(Band(128, softcap=2.0), blocks_of(256, 128, 2, 4)),
     "window with images": Case(Band(256, max_span=128), blocks_of(128, 128, 2, 4), marks="segments spans"),
     "chunk against a cache": Case(Band(200), blocks_of(128, 128, 2, 8), 2, 300, 700, marks="offsets"),
+    "chunk behind a ring": Case(Band(200), blocks_of(256, 128, 2, 8), 2, 256, 512, "offsets segments", multiple=128),
+    "chunk behind an odd ring": Case(Band(200), blocks_of(128, 128, 2, 3), 2, 300, 500, "offsets", multiple=64),
     "global": Case(Band(None, softcap=5.0), blocks_of(128, 128, 1, 2), 4, marks="segments"),
     "global with images": Case(Band(None, max_span=100), blocks_of(256, 128, 2, 2), marks="spans"),
     "global chunk": Case(Band(None), blocks_of(128, 128, 2, 2), 2, 300, 700, marks="offsets segments"),
@@ -113,7 +117,14 @@ def assert_close(got, want, tolerance=1e-4):
         np.testing.assert_allclose(x, y, atol=tolerance * size, rtol=0, err_msg=name)
 
 
-QUICK = "window in several steps", "chunk against a cache", "global", "fused", "fused with images"
+QUICK = (
+    "window in several steps",
+    "chunk against a cache",
+    "chunk behind a ring",
+    "global",
+    "fused",
+    "fused with images",
+)
 PARAMS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 

@@ -67,7 +67,8 @@ def marks_of(case: Case, seed: int = 0, rows: int = 2) -> Marks:
 
 
 def mask_of(case: Case, marks: Marks) -> jax.Array:
-    fields = {name: getattr(marks, name) for one in ("query", "key") for name in (f"{one}_segments", f"{one}_spans")}
+    names = [f"{one}_{kind}" for one in ("query", "key") for kind in ("segments", "spans")]
+    fields = {name: getattr(marks, name) for name in names}
     offset = 0 if marks.offsets is None else marks.offsets
     mask = reference.band_mask(case.num_queries, case.num_keys, window=case.band.window, offset=offset, **fields)
     return jnp.broadcast_to(mask, (2, *mask.shape[1:]))

@@ -112,8 +112,10 @@ def test_attention_of_a_sequence_to_itself_is_the_same(kind, what, spy):
     ("window", "has_blocks"), [(WINDOW, False), (WINDOW, True), (128, False), (None, False), (None, True)]
 )
 @pytest.mark.parametrize("lengths", [(150, 60), (0, 7)])
-def test_attention_of_a_chunk_to_what_came_before_is_the_same(window, lengths, has_blocks, spy):
+def test_attention_of_a_chunk_to_what_came_before_is_the_same(window, lengths, has_blocks, spy, monkeypatch):
     """With a ring of whole blocks of keys the kernel knows where the chunk stands: (150, 60) fills one and not one."""
+    given, call_kernel = [], gemma_kernels.band_attention
+    monkeypatch.setattr(gemma_kernels, "band_attention", lambda *x: (given.append(x[3]), call_kernel(*x))[1])
     count, slots = 130, window or 512
     q, k, v, *old = arrays(
         (2, count, 4, HEAD_DIM), *[(2, 2, count, HEAD_DIM)] * 2, *[(2, 2, 200, HEAD_DIM)] * 2, seed=1
@@ -134,6 +136,7 @@ def test_attention_of_a_chunk_to_what_came_before_is_the_same(window, lengths, h
 
     found, wanted = both(call, q * HEAD_DIM**-0.5, k, v)
     assert spy[-1] == ("chunk_attention", True)
+    assert [marks.multiple for marks in given] == [window or 1]
     is_real = np.asarray(positions >= 0)
     np.testing.assert_allclose(np.asarray(found)[is_real], np.asarray(wanted)[is_real], atol=1e-5)
 
@@ -173,6 +176,14 @@ def test_logits_and_gradients_of_streams_are_the_same(wide_3n, changes):
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     for one, other in zip(jax.tree.leaves(theirs), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
+
+
+def test_vectors_of_another_dtype_are_mixed_in_that_of_the_streams():
+    """Weights of mixed dtypes: a block's output may be wider than its streams."""
+    coefficients, streams, other = arrays((1, 70, 3, 4), (3, 1, 70, 128), (1, 70, 128))
+    found, wanted = both(kernels.mix_streams, coefficients, streams.astype("bfloat16"), other, other)
+    assert found.dtype == wanted.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype("float32"), wanted.astype("float32"), atol=2e-2, rtol=1e-2)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import optax
 from flax import nnx
 
 import gemma_jax as gj
+import gemma_kernels
 from gemma_jax import train as training
 from gemma_jax.configs.config import (
     AltUpConfig,
@@ -31,7 +32,7 @@ from gemma_jax.configs.gemma3n import layer_specs
 from gemma_jax.generate import embedding, engine, filters
 from gemma_jax.generate.engine import Session
 from gemma_jax.generate.sampling import SamplingParams
-from gemma_jax.nn import logical
+from gemma_jax.nn import kernels, logical
 from gemma_jax.nn.decoder import Decoder
 from gemma_jax.nn.logical import ReplicationWarning
 from gemma_jax.nn.masks import Places
@@ -294,6 +295,22 @@ def sent(model: Decoder, partition: Partition) -> dict[str, float]:
     return found
 
 
+def mixed(partition: Partition) -> dict[str, float]:
+    """Mixtures of streams by the kernel, interpreted, beside the plain form on one device: value and gradients."""
+    random = np.random.default_rng(0)
+    shapes = (BATCH, 64, 3, 4), (3, BATCH, 64, 512), (BATCH, 64, 512), (BATCH, 64, 512)
+    arrays = [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
+
+    def call(*arrays: jax.Array) -> Any:
+        out, pull = jax.vjp(kernels.mix_streams, *arrays)
+        return out, pull(jnp.cos(out))
+
+    wanted = jax.device_get(jax.jit(call)(*arrays))
+    with partition.scope(), gemma_kernels.using("interpret"), gemma_kernels.recorded() as choices:
+        found = jax.device_get(jax.jit(call)(*arrays))
+    return {"not the kernel": sum(choice.kernel != "tpu" for choice in choices), "mixed": _largest(found, wanted)}
+
+
 def _largest(found: Any, wanted: Any) -> float:
     """The largest difference of two trees, relative to the largest value of each array."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
@@ -305,6 +322,8 @@ def run(name: str, mesh: str, task: str) -> dict[str, float]:
         return loaded(name, mesh)
     if task == "draw":
         return draw(Partition(meshes.make(mesh)))
+    if task == "mixed":
+        return mixed(Partition(meshes.make(mesh), TRAIN))
     dtype = "float64" if jax.config.jax_enable_x64 else "float32"
     model = Decoder(MODELS[name](), rngs=nnx.Rngs(0), dtype=dtype)
     rules = SERVE if task in ("serve", "sent") else TRAIN

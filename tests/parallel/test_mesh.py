@@ -47,6 +47,15 @@ def test_losses_and_gradients_on_a_mesh_are_those_of_one_device(model, mesh):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=2,seq=2,model=2", "fsdp=2,model=4"])  # each device 64 tokens at least
+def test_mixtures_of_streams_are_kernels_on_a_mesh_too(mesh):
+    """Widths lie along `model`, so that gradients of coefficients are sums over its devices."""
+    (found,) = run([["", mesh, "mixed"]])
+    assert found["not the kernel"] == 0
+    assert found["mixed"] <= 1e-5, found
+
+
+@pytest.mark.slow
 def test_draws_on_a_mesh_keep_the_same_tokens_and_send_candidates_only():
     (found,) = run([["", "data=2,model=4", "draw"]])
     assert found["kept otherwise"] == found["best otherwise"] == 0

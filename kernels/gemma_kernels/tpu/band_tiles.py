@@ -13,7 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from gemma_kernels.tpu.band import Band, BandBlocks, Block, Marks, key_blocks, most_blocks, query_blocks
+from gemma_kernels.tpu.band import (
+    Band,
+    BandBlocks,
+    Block,
+    Marks,
+    key_blocks,
+    most_key_blocks,
+    most_query_blocks,
+    query_blocks,
+)
 
 FIELDS = 6  # integers of one block in a schedule
 
@@ -139,17 +148,14 @@ def plan_of(band: Band, blocks: TileBlocks, sizes: tuple[int, int, int], marks: 
     query, key = (blocks.block_q, num_queries), (blocks.block_kv, num_keys)
     (block, owned), (tile, other) = (query, key) if owns_queries else (key, query)
     num_blocks, num_tiles = -(-owned // block), -(-other // tile)
-    is_aligned, window = marks.offsets is None, band.window
-    most = num_tiles
-    if window is not None:
-        shift = 1 - window if owns_queries else -band.ahead
-        most = min(most_blocks(block + window - 1 + band.ahead, shift, block if is_aligned else 1, tile), most)
+    most_tiles, window = most_key_blocks if owns_queries else most_query_blocks, band.window
+    most = most_tiles(band, blocks, other, marks.step)
     chunk = min(blocks.tiles, most)
     chunks = -(-most // chunk)
     clear: tuple[int | None, ...] = (None,) * chunk
     if window is not None and chunks == 1:
         clear = clear_tiles(band, blocks, (1 - window) // tile if owns_queries else 0, owns_queries)
-        clear = clear if is_aligned and block % tile == 0 and len(clear) <= chunk else ()
+        clear = clear if marks.step == 0 and block % tile == 0 and len(clear) <= chunk else ()
     return Plan(
         band, owns_queries, blocks.heads, share, block, tile, num_blocks, num_tiles, num_keys, chunk, chunks, clear
     )

@@ -4,7 +4,7 @@ AltUp (Gemma 3n) predicts and corrects its streams so. XLA makes several passes 
 read once and each result written once, with sums in float32. The backward pass is one kernel too: gradients of vectors
 are mixtures by the transposed coefficients, and those of coefficients products of vectors that are at hand.
 
-Letters: S streams, T tokens, D width; I vectors (the streams, and perhaps one more) are mixed to O.
+Letters: A streams, T tokens, D width; I vectors (the streams, and perhaps one more) are mixed to O.
 """
 
 import functools
@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 LANES = 128
 TILE_BYTES = 32  # of the tokens that lie in one register, one below the other
 STEP = 32  # blocks of so many tokens are whole registers of any dtype
+VMEM_BYTES = 40 << 20  # of blocks: wide vectors get smaller ones than the tables say. A core of tpu7x or v5p has 64 MiB
 
 Interpret = bool | pltpu.InterpretParams
 AnyArray = jax.Array | jax.ShapeDtypeStruct
@@ -29,7 +30,7 @@ AnyArray = jax.Array | jax.ShapeDtypeStruct
 
 @dataclass(frozen=True)
 class MixBlocks:
-    """Tokens that one step of each kernel takes."""
+    """Tokens that one step of each kernel takes at most."""
 
     forward: int
     backward: int
@@ -43,7 +44,7 @@ class MixBlocks:
 
 def mix_streams(
     coefficients: Float[Array, "T O I"],
-    streams: Float[Array, "S T D"],
+    streams: Float[Array, "A T D"],
     other: Float[Array, "T D"] | None = None,
     added: Float[Array, "T D"] | None = None,
     *,
@@ -57,13 +58,14 @@ def mix_streams(
     Differentiable in all arrays. Raises ValueError for arrays that do not fit.
     """
     _check(coefficients, streams, other, added)
+    added = added if coefficients.shape[1] > 1 else None
     return _mixed(coefficients.astype(jnp.float32), streams, other, added, Options(blocks, interpret))
 
 
 def _check(coefficients: jax.Array, streams: jax.Array, other: jax.Array | None, added: jax.Array | None) -> None:
     if streams.ndim != 3 or 0 in streams.shape or streams.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(
-            f"streams are {streams.dtype} {streams.shape}; wanted bfloat16 or float32 [S, T, D]: join batch and tokens"
+            f"streams are {streams.dtype} {streams.shape}; wanted bfloat16 or float32 [A, T, D]: join batch and tokens"
         )
     num_streams, num_tokens, width = streams.shape
     if width % LANES:
@@ -77,8 +79,6 @@ def _check(coefficients: jax.Array, streams: jax.Array, other: jax.Array | None,
             f"coefficients have shape {coefficients.shape}; wanted [{num_tokens}, O, {num_vectors}]: "
             "one of each token, output and vector"
         )
-    if added is not None and coefficients.shape[1] == 1:
-        raise ValueError("`added` goes to all outputs but the first, and there is only one; give None")
 
 
 class Options(NamedTuple):
@@ -98,7 +98,7 @@ def _mixed(
     num_tokens, num_out, num_in = coefficients.shape
     given = [coefficients.reshape(num_tokens, -1), streams, *_there(other, added)]
     result = jax.ShapeDtypeStruct((num_out, *streams.shape[1:]), streams.dtype)
-    size = _fitted(options.blocks.forward, num_tokens)
+    size = _fitted(options.blocks.forward, [*given, result])
     return pl.pallas_call(
         functools.partial(_forward_kernel, has_other=other is not None),
         name="mix_streams_forward",
@@ -125,7 +125,7 @@ def _mixed_backward(options: Options, saved: Saved, d_out: jax.Array):
     given = [d_out, *vectors]
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in vectors]
     results += [jax.ShapeDtypeStruct(streams.shape[1:], streams.dtype)] * has_added
-    size = _fitted(options.blocks.backward, num_tokens)
+    size = _fitted(options.blocks.backward, [*given, *results])
     out = pl.pallas_call(
         functools.partial(_backward_kernel, has_other=other is not None),
         name="mix_streams_backward",
@@ -229,13 +229,17 @@ def _there(*arrays: jax.Array | None) -> list[jax.Array]:
     return [x for x in arrays if x is not None]
 
 
-def _fitted(size: int, num_tokens: int) -> int:
-    """A block's tokens, no more than needed. What the last block has beyond the end is computed and dropped."""
-    return min(size, -(-num_tokens // STEP) * STEP)
+def _fitted(size: int, arrays: Sequence[AnyArray]) -> int:
+    """A block's tokens: no more than there are, nor than VMEM holds.
+
+    What the last block has beyond the end is computed and dropped.
+    """
+    there = -(-arrays[-1].shape[-2] // STEP) * STEP
+    return min(size, there, max(VMEM_BYTES // _vmem(1, arrays) // STEP, 1) * STEP)
 
 
 def _spec(x: AnyArray, size: int) -> pl.BlockSpec:
-    """Blocks of so many tokens, of [T, D] or [S, T, D]."""
+    """Blocks of so many tokens, of [T, D] or [A, T, D]."""
     if x.ndim == 2:
         return pl.BlockSpec((size, x.shape[1]), lambda t: (t, 0))
     return pl.BlockSpec((x.shape[0], size, x.shape[2]), lambda t: (0, t, 0))
@@ -251,7 +255,7 @@ def _cost(products: int, arrays: Sequence[AnyArray]) -> pl.CostEstimate:
     )
 
 
-def block_vmem(size: int, arrays: Sequence[AnyArray]) -> int:
+def _vmem(size: int, arrays: Sequence[AnyArray]) -> int:
     """Bytes of VMEM for two blocks of each array."""
 
     def row(x: AnyArray) -> int:
@@ -261,5 +265,5 @@ def block_vmem(size: int, arrays: Sequence[AnyArray]) -> int:
 
 
 def _parameters(size: int, arrays: Sequence[AnyArray]) -> pltpu.CompilerParams:
-    limit = max(block_vmem(size, arrays) + 4 * 2**20, 16 * 2**20)  # never below the least default of the generations
+    limit = max(_vmem(size, arrays) + 4 * 2**20, 16 * 2**20)  # never below the least default of the generations
     return pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit)
