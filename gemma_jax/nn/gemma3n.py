@@ -33,9 +33,7 @@ class AltUp(nnx.Module):
             self.correct_scale = nnx.Param(jnp.ones((config.width,), dtype), dims="D")
 
     def mixture(self, x: Float[Array, "A B T D"]) -> Float[Array, "B T A A"]:
-        """Of each stream made the share of each read: the predictions are each stream plus a mixture of all, which the
-        active one chooses.
-        """
+        """Coefficients [made, read] of predictions: each stream plus a mixture of all that the active one chooses."""
         routed = self._routed(x[self.config.active_stream])
         mixture = jnp.einsum("BTP,POJ->BTOJ", routed, self._clipped(self.prediction))
         return mixture + jnp.eye(len(x), dtype=mixture.dtype)

@@ -51,7 +51,6 @@ def test_losses_and_gradients_on_a_mesh_are_those_of_one_device(model, mesh):
 def test_mixtures_of_streams_are_kernels_on_a_mesh_too(mesh):
     """Widths lie along `model`, so that gradients of coefficients are sums over its devices."""
     (found,) = run([["", mesh, "mixed"]])
-    assert found["not the kernel"] == 0
     assert found["mixed"] <= 1e-5, found
 
 
